@@ -1,0 +1,100 @@
+"""PyTorch training checkpoints that are durable, atomic and verified, in files that ``torch.load`` reads.
+
+The names below are imported when they are first used, so that ``import lastgood`` itself does not cost the
+seconds that importing torch takes.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BarrierConfig",
+    "BarrierTimeoutError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "CheckpointWriterConfig",
+    "Checkpointer",
+    "CheckpointerConfig",
+    "ConfigError",
+    "CorruptCheckpointError",
+    "LastgoodError",
+    "MissingKeysError",
+    "RankInfo",
+    "StorageError",
+    "SyncCheckpointer",
+    "TargetMismatchError",
+    "UncommittedCheckpointError",
+    "UnsafeCheckpointError",
+    "UnsupportedStateError",
+    "WriterHook",
+    "__version__",
+    "load",
+    "make_sync_checkpointer",
+    "save",
+]
+
+# Where each public name lives. Type checkers read the imports below instead; a test holds the two together.
+_HOMES = {
+    "_single_file": ("load", "save"),
+    "barriers": ("BarrierConfig",),
+    "builder": ("make_sync_checkpointer",),
+    "checkpoint_reader": ("CheckpointReader",),
+    "checkpoint_writer": ("CheckpointWriter", "CheckpointWriterConfig", "WriterHook"),
+    "checkpointer": ("Checkpointer", "SyncCheckpointer"),
+    "config": ("CheckpointerConfig",),
+    "errors": (
+        "BarrierTimeoutError",
+        "CheckpointExistsError",
+        "CheckpointNotFoundError",
+        "ConfigError",
+        "CorruptCheckpointError",
+        "LastgoodError",
+        "MissingKeysError",
+        "StorageError",
+        "TargetMismatchError",
+        "UncommittedCheckpointError",
+        "UnsafeCheckpointError",
+        "UnsupportedStateError",
+    ),
+    "types": ("RankInfo",),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+if TYPE_CHECKING:
+    from lastgood._single_file import load, save
+    from lastgood.barriers import BarrierConfig
+    from lastgood.builder import make_sync_checkpointer
+    from lastgood.checkpoint_reader import CheckpointReader
+    from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
+    from lastgood.checkpointer import Checkpointer, SyncCheckpointer
+    from lastgood.config import CheckpointerConfig
+    from lastgood.errors import (
+        BarrierTimeoutError,
+        CheckpointExistsError,
+        CheckpointNotFoundError,
+        ConfigError,
+        CorruptCheckpointError,
+        LastgoodError,
+        MissingKeysError,
+        StorageError,
+        TargetMismatchError,
+        UncommittedCheckpointError,
+        UnsafeCheckpointError,
+        UnsupportedStateError,
+    )
+    from lastgood.types import RankInfo
+else:
+    # Hidden from type checkers: with a module-level __getattr__ they would accept any misspelt name.
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

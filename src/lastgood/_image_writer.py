@@ -1,0 +1,161 @@
+"""Moving a file image to storage: one thread fills bounce buffers, others write them.
+
+Memory is bounded by the buffers, whatever the size of the state. The pieces are large and aligned, so that local
+storage can write them without the page cache.
+"""
+
+import queue
+import secrets
+import threading
+from collections.abc import Callable
+
+from lastgood import _events
+from lastgood._threads import call_with_timeout
+from lastgood.errors import StorageError
+from lastgood.format.stream import FileImage, stream_image
+from lastgood.storage._direct_io import aligned_buffer
+from lastgood.storage.base import StorageBackend, StreamedWrite
+
+PIECE_SIZE = 8 * 1024 * 1024
+BUFFER_COUNT = 5
+WRITER_THREADS = 2
+
+_Piece = tuple[int, memoryview, int]
+
+
+def new_save_id() -> str:
+    """An id that no other save has: 128 random bits as 32 hexadecimal digits."""
+    return secrets.token_hex(16)
+
+
+def write_durably(
+    image: FileImage, storage: StorageBackend, path: str, *, rank: int | None, no_progress_timeout_secs: float
+) -> StreamedWrite:
+    """Bring the image to storage; what comes back is durable and waits to be committed or aborted.
+
+    When this raises, nothing is left behind.
+    """
+
+    def timed_out() -> StorageError:
+        return StorageError(
+            f"storage did not confirm within {no_progress_timeout_secs:g} s that {path} is durable; the write was "
+            "given up. Nothing was published; earlier checkpoints are untouched.",
+            path=path,
+            rank=rank,
+            phase="fsync",
+        )
+
+    upload = storage.begin(path, image.size)
+    try:
+        with _events.phase("write", path, rank=rank, nbytes=image.size):
+            write_image(image, upload, path, no_progress_timeout_secs=no_progress_timeout_secs)
+        with _events.phase("fsync", path, rank=rank):
+            call_with_timeout(upload.make_durable, no_progress_timeout_secs, timed_out, name="fsync")
+    except BaseException:
+        upload.abort()
+        raise
+    return upload
+
+
+def write_image(image: FileImage, upload: StreamedWrite, path: str, *, no_progress_timeout_secs: float) -> None:
+    """Hand the whole image to ``upload``; what was handed over is not yet durable when this returns.
+
+    Raises :class:`~lastgood.errors.StorageError` when storage takes no piece for ``no_progress_timeout_secs``, and
+    whatever ``upload.write_at`` raises.
+    """
+    transfer = _Transfer(upload, path, image.size, no_progress_timeout_secs)
+    try:
+        stream_image(image, transfer)
+        transfer.finish()
+    finally:
+        transfer.stop()
+
+
+class _Transfer:
+    """The window that moves through the file, and the threads that write what it leaves behind."""
+
+    def __init__(self, upload: StreamedWrite, path: str, size: int, timeout_secs: float) -> None:
+        self._upload = upload
+        self._path = path
+        self._timeout_secs = timeout_secs
+        self._free: queue.Queue[memoryview] = queue.Queue()
+        self._full: queue.Queue[_Piece | None] = queue.Queue()
+        self._failure: BaseException | None = None
+        piece_count = -(-size // PIECE_SIZE)
+        self._buffer_count = min(BUFFER_COUNT, piece_count)
+        for _ in range(self._buffer_count):
+            self._free.put(aligned_buffer(min(PIECE_SIZE, size)))
+        self._threads = [
+            threading.Thread(target=self._write_pieces, name=f"lastgood-write-{number}", daemon=True)
+            for number in range(min(WRITER_THREADS, piece_count))
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._offset = 0
+        self._filled = 0
+        self._buffer = self._free.get()
+
+    def append(self, data: bytes) -> None:
+        """Take over a few bytes."""
+        end = self._filled + len(data)
+        if end <= len(self._buffer):
+            self._buffer[self._filled : end] = data
+            self._filled = end
+            return
+        view = memoryview(data)
+        while view:
+            window = self.window(len(view))
+            window[:] = view[: len(window)]
+            self.advance(len(window))
+            view = view[len(window) :]
+
+    def window(self, limit: int) -> memoryview:
+        """Between 1 and ``limit`` bytes of writable memory at the current position."""
+        if self._filled == len(self._buffer):
+            self._hand_over()
+            self._buffer = self._wait_for(self._free.get)
+        return self._buffer[self._filled : self._filled + limit]
+
+    def advance(self, count: int) -> None:
+        """The first ``count`` bytes of the window are filled."""
+        self._filled += count
+
+    def finish(self) -> None:
+        """Return once all pieces have been written."""
+        self._hand_over()
+        for _ in range(self._buffer_count):
+            self._wait_for(self._free.get)
+
+    def stop(self) -> None:
+        """Let the threads end; does not wait for them, as one may hang in the operating system."""
+        for _ in self._threads:
+            self._full.put(None)
+
+    def _hand_over(self) -> None:
+        self._full.put((self._offset, self._buffer, self._filled))
+        self._offset += self._filled
+        self._filled = 0
+
+    def _wait_for(self, get: Callable[..., memoryview]) -> memoryview:
+        try:
+            buffer = get(timeout=self._timeout_secs)
+        except queue.Empty:
+            raise StorageError(
+                f"storage took no data for {self._timeout_secs:g} s while {self._path} was being written; the "
+                "write was given up. Nothing was published; earlier checkpoints are untouched.",
+                path=self._path,
+                phase="write",
+            ) from None
+        if self._failure is not None:
+            raise self._failure
+        return buffer
+
+    def _write_pieces(self) -> None:
+        while (piece := self._full.get()) is not None:
+            offset, buffer, count = piece
+            try:
+                if self._failure is None:
+                    self._upload.write_at(offset, buffer[:count])
+            except BaseException as error:
+                self._failure = error
+            self._free.put(buffer)

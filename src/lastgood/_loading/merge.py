@@ -1,0 +1,154 @@
+"""Partial loads: comparing what is wanted with what a file holds, before anything is touched."""
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+
+from lastgood._loading.values import ObjectTable, ValueBuilder, tensors_in, torch_dtype
+from lastgood.errors import TargetMismatchError
+from lastgood.format.index import (
+    DictNode,
+    ListNode,
+    MapNode,
+    Node,
+    OpaqueNode,
+    OrderedDictNode,
+    TensorNode,
+    TupleNode,
+    join_path,
+    list_position,
+)
+
+
+class _Fresh:
+    """Stands for a value that will be newly made from a node."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+
+class Merge:
+    """A plan to load a file into a nested target: made first, carried out only when it holds.
+
+    ``missing`` lists the paths of keys that the file does not have, ``in_place`` the tensors to be filled,
+    ``fresh`` the nodes of what must be newly made.
+    """
+
+    def __init__(self, table: ObjectTable, path: str) -> None:
+        self.missing: list[str] = []
+        self.in_place: list[tuple[str, torch.Tensor, TensorNode | OpaqueNode]] = []
+        self.fresh: list[TensorNode | OpaqueNode] = []
+        self._table = table
+        self._path = path
+        self._assignments: list[tuple[Any, Any, Any]] = []
+        self._root: Any = None
+
+    def plan(self, target: Any, root: Node) -> None:
+        """Compare; raises :class:`~lastgood.errors.TargetMismatchError`, before anything has been changed."""
+        self._root = self._visit(target, root, "")
+
+    def check_opaque(self, opaque: Callable[[OpaqueNode], Any]) -> None:
+        """Compare the targets of opaque values, once these are loaded and before anything has been changed."""
+        for path, target, node in self.in_place:
+            if isinstance(node, TensorNode):
+                continue
+            value = opaque(node)
+            if not isinstance(value, torch.Tensor):
+                raise self._mismatch(path, f"the target is a tensor, the saved value a {type(value).__name__}")
+            if (value.shape, value.dtype, value.layout) != (target.shape, target.dtype, target.layout):
+                raise self._mismatch(
+                    path,
+                    f"the target has shape {tuple(target.shape)}, dtype {target.dtype} and layout {target.layout}, the "
+                    f"saved tensor has shape {tuple(value.shape)}, dtype {value.dtype} and layout {value.layout}",
+                )
+
+    def carry_out(self, builder: ValueBuilder) -> Any:
+        """Put the loaded values into the target; returns it."""
+        for container, key, pending in self._assignments:
+            container[key] = self._value(pending, builder)
+        return self._value(self._root, builder)
+
+    def _value(self, pending: Any, builder: ValueBuilder) -> Any:
+        if isinstance(pending, _Fresh):
+            return builder.build(pending.node)
+        if type(pending) is tuple:
+            return tuple([self._value(item, builder) for item in pending])
+        return pending
+
+    def _visit(self, target: Any, node: Node, path: str) -> Any:
+        """What will stand at ``path``: the target itself, a tuple of such, or a :class:`_Fresh`."""
+        node = self._table.resolve(node)
+        if isinstance(target, torch.Tensor):
+            return self._visit_tensor(target, node, path)
+        if isinstance(target, MutableMapping) and isinstance(node, (DictNode, MapNode, OrderedDictNode)):
+            return self._visit_mapping(target, node, path)
+        if isinstance(target, list) and isinstance(node, ListNode):
+            return self._visit_list(target, node, path)
+        if type(target) is tuple and isinstance(node, TupleNode):
+            return self._visit_tuple(target, node, path)
+        self.fresh.extend(tensors_in(node, self._table))
+        return _Fresh(node)
+
+    def _visit_mapping(
+        self, target: MutableMapping[Any, Any], node: DictNode | MapNode | OrderedDictNode, path: str
+    ) -> Any:
+        saved = node.items if isinstance(node, DictNode) else self._keyed(node)
+        for key, wanted in target.items():
+            key_path = join_path(path, key)
+            if key not in saved:
+                self.missing.append(key_path)
+                continue
+            result = self._visit(wanted, saved[key], key_path)
+            if result is not wanted:
+                self._assignments.append((target, key, result))
+        return target
+
+    def _keyed(self, node: MapNode | OrderedDictNode) -> dict[Any, Node]:
+        keys = ValueBuilder(self._table, _no_key, _no_key)
+        return {keys.build(key): value for key, value in node.items}
+
+    def _visit_list(self, target: list[Any], node: ListNode, path: str) -> Any:
+        results = [
+            self._visit(target[number] if number < len(target) else None, item, join_path(path, list_position(number)))
+            for number, item in enumerate(node.items)
+        ]
+        self._assignments.append((target, slice(None), tuple(results)))
+        return target
+
+    def _visit_tuple(self, target: tuple[Any, ...], node: TupleNode, path: str) -> Any:
+        return tuple(
+            self._visit(target[number] if number < len(target) else None, item, join_path(path, list_position(number)))
+            for number, item in enumerate(node.items)
+        )
+
+    def _visit_tensor(self, target: torch.Tensor, node: Node, path: str) -> Any:
+        if isinstance(node, TensorNode):
+            saved_shape, saved_dtype = tuple(node.shape), torch_dtype(node.dtype)
+            if tuple(target.shape) != saved_shape or target.dtype != saved_dtype:
+                raise self._mismatch(
+                    path,
+                    f"the target has shape {tuple(target.shape)} and dtype {target.dtype}, "
+                    f"the saved tensor has shape {saved_shape} and dtype {saved_dtype}",
+                )
+            if target.device.type == "meta":
+                raise self._mismatch(path, "the target is on the meta device and has no memory to load into")
+            if any(size > 1 and step == 0 for size, step in zip(target.shape, target.stride(), strict=True)):
+                raise self._mismatch(path, "the target is expanded: several of its elements share one place in memory")
+        elif not isinstance(node, OpaqueNode):
+            raise self._mismatch(path, "the target is a tensor, the saved value is none")
+        self.in_place.append((path, target, node))
+        self._table.remember(node, target)
+        return target
+
+    def _mismatch(self, path: str, what: str) -> TargetMismatchError:
+        return TargetMismatchError(
+            f"cannot load the key {path!r} of {self._path}: {what}. Nothing has been changed. "
+            "Pass None for this key to get the saved tensor as it is.",
+            path=self._path,
+            tensor=path,
+        )
+
+
+def _no_key(node: Any) -> Any:
+    raise ValueError(f"a {type(node).__name__} cannot be a key")

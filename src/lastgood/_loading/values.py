@@ -1,0 +1,335 @@
+"""From the index back to values: memory for storages, tensors on them, and the structure around."""
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lastgood._torch_internals import negative_view
+from lastgood.format.image import FIRST_STORAGE
+from lastgood.format.index import (
+    NUMBERED,
+    BytearrayNode,
+    BytesNode,
+    ComplexNode,
+    DeviceNode,
+    DictNode,
+    DtypeNode,
+    FloatNode,
+    Index,
+    IntNode,
+    ListNode,
+    MapNode,
+    Node,
+    OpaqueNode,
+    OrderedDictNode,
+    ReferenceNode,
+    SetNode,
+    SizeNode,
+    StorageEntry,
+    TensorNode,
+    TextNode,
+    TupleNode,
+    element_span,
+    unpack_floats,
+    walk_nodes,
+)
+from lastgood.format.read_plan import Request
+from lastgood.format.spec import DTYPES
+
+MapLocation = Any
+"""What ``torch.load`` takes as ``map_location``: None, a device or its name, a dict of names, or a function."""
+
+_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES if hasattr(torch, name)}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of this name; ``ValueError`` if this torch has none."""
+    if name not in _TORCH_DTYPES:
+        raise ValueError(f"torch {torch.__version__} has no dtype {name}")
+    return _TORCH_DTYPES[name]
+
+
+def new_storage(nbytes: int, device: str = "cpu") -> torch.UntypedStorage:
+    """A storage whose bytes are not yet set."""
+    return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
+
+
+def copy_of(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """The same bytes in memory of their own."""
+    return storage.clone()  # type: ignore[no-untyped-call,no-any-return]
+
+
+def map_file(path: str, size: int) -> torch.UntypedStorage:
+    """The first ``size`` bytes of a file, read lazily as they are touched; changes to them stay in memory."""
+    return torch.UntypedStorage.from_file(path, False, size)  # type: ignore[return-value]
+
+
+class _Holding:
+    """The part of one storage that will be in memory, and what was made for it."""
+
+    __slots__ = ("end", "node", "start", "storage", "tensor", "users")
+
+    def __init__(self, node: TensorNode) -> None:
+        self.node = node
+        self.users = 0
+        self.start = self.end = 0
+        self.storage: torch.UntypedStorage | None = None
+        self.tensor: torch.Tensor | None = None
+
+
+class StoragePool:
+    """Memory for tensors that are newly made: ask first, then allocate, read, and make the tensors."""
+
+    def __init__(self, entries: list[StorageEntry], map_location: MapLocation) -> None:
+        self._entries = entries
+        self._map_location = map_location
+        self._holdings: dict[int, _Holding] = {}
+        self._given: dict[int, torch.UntypedStorage] = {}
+
+    def give(self, number: int, storage: torch.UntypedStorage) -> None:
+        """Use this memory, which holds storage ``number`` from its first byte on, instead of reading it."""
+        self._given[number] = storage
+
+    def ask(self, node: TensorNode) -> None:
+        """Note that this tensor will be made."""
+        if node.storage in self._given:
+            return
+        holding = self._holdings.get(node.storage)
+        if holding is None:
+            holding = self._holdings[node.storage] = _Holding(node)
+        start, end = byte_range(node)
+        if holding.start == holding.end:
+            holding.start, holding.end = start, end
+        elif start < end:
+            holding.start, holding.end = min(holding.start, start), max(holding.end, end)
+        holding.users += 1
+
+    def allocate(self) -> list[Request]:
+        """Make room for everything asked for; returns what must be read into it."""
+        if self.without_data:
+            for number, holding in self._holdings.items():
+                holding.storage = new_storage(self._entries[number].nbytes, "meta")
+                holding.start = 0
+            return []
+        requests = []
+        for number, holding in self._holdings.items():
+            if _is_whole_tensor(holding):
+                node = holding.node
+                holding.tensor = torch.empty(node.shape, dtype=_TORCH_DTYPES[node.dtype])
+                address = holding.tensor.data_ptr()
+            else:
+                holding.storage = new_storage(holding.end - holding.start)
+                address = holding.storage.data_ptr()
+            if holding.start < holding.end:
+                requests.append(Request(FIRST_STORAGE + number, holding.start, holding.end, address))
+        return requests
+
+    @property
+    def without_data(self) -> bool:
+        """Whether everything goes to the meta device, so that nothing need be read."""
+        return isinstance(self._map_location, (str, torch.device)) and torch.device(self._map_location).type == "meta"
+
+    def relocate(self) -> None:
+        """Move what has been read to the devices where it belongs."""
+        for number, holding in self._holdings.items():
+            location = self._entries[number].location
+            if self._map_location is None and location == "cpu":
+                continue
+            if holding.storage is None and holding.tensor is not None:
+                holding.storage = holding.tensor.untyped_storage()
+                holding.tensor = None
+            if holding.storage is not None and holding.storage.device.type != "meta":
+                holding.storage = relocated(holding.storage, location, self._map_location)
+
+    def tensor(self, node: TensorNode) -> torch.Tensor:
+        """The tensor of this node, on memory that it shares with the others of its storage."""
+        given = self._given.get(node.storage)
+        if given is not None:
+            return with_flags(_view(given, 0, node), node.flags)
+        holding = self._holdings[node.storage]
+        tensor = holding.tensor
+        if tensor is None:
+            assert holding.storage is not None  # allocate() has run
+            tensor = _view(holding.storage, holding.start, node)
+        return with_flags(tensor, node.flags)
+
+
+def byte_range(node: TensorNode) -> tuple[int, int]:
+    """Where in its storage a tensor begins and ends, in bytes."""
+    span = element_span(node.shape, node.stride)
+    itemsize = DTYPES[node.dtype].itemsize
+    return (node.offset * itemsize, (node.offset + span) * itemsize) if span else (0, 0)
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, in elements, of a contiguous tensor of this shape."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _is_whole_tensor(holding: _Holding) -> bool:
+    node = holding.node
+    return holding.users == 1 and node.stride == contiguous_stride(node.shape)
+
+
+def _view(storage: torch.UntypedStorage, first_byte: int, node: TensorNode) -> torch.Tensor:
+    dtype = _TORCH_DTYPES[node.dtype]
+    offset = node.offset - first_byte // dtype.itemsize if 0 not in node.shape else 0
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, node.shape, node.stride)
+
+
+def with_flags(tensor: torch.Tensor, flags: str) -> torch.Tensor:
+    """The tensor with the bits that the index notes: conjugate, negative, Parameter, requires grad."""
+    if not flags:
+        return tensor
+    if "c" in flags:
+        tensor = tensor.conj()
+    if "n" in flags:
+        tensor = negative_view(tensor)
+    if "p" in flags:
+        return torch.nn.Parameter(tensor, requires_grad="g" in flags)
+    return tensor.requires_grad_("g" in flags)
+
+
+def relocated(storage: torch.UntypedStorage, location: str, map_location: MapLocation) -> torch.UntypedStorage:
+    """The storage where ``map_location`` wants it, with the meaning that ``torch.load`` gives it."""
+    restore: Any = torch.serialization.default_restore_location
+    if map_location is None:
+        result = restore(storage, location)
+    elif isinstance(map_location, dict):
+        result = restore(storage, map_location.get(location, location))
+    elif isinstance(map_location, (str, torch.device)):
+        result = restore(storage, str(map_location))
+    else:
+        result = map_location(storage, location)
+        if result is None:
+            result = restore(storage, location)
+    return result  # type: ignore[no-any-return]
+
+
+class ObjectTable:
+    """The objects of an index by number, so that what was one object when it was saved is one object again."""
+
+    def __init__(self, root: Node) -> None:
+        nodes = [node for node, _ in walk_nodes(root)]
+        self._shared = any(isinstance(node, ReferenceNode) for node in nodes)
+        self._nodes: list[Node] = [node for node in nodes if isinstance(node, NUMBERED)] if self._shared else []
+        self._made: dict[int, Any] = {}
+
+    def resolve(self, node: Node) -> Node:
+        """The node itself, or the one that it refers to."""
+        return self._nodes[node.number] if isinstance(node, ReferenceNode) else node
+
+    def made(self, node: Node) -> Any:
+        """What was made of this node before, or ``None``."""
+        return self._made.get(id(node)) if self._shared else None
+
+    def remember(self, node: Node, value: Any) -> None:
+        """Note what was made of a node."""
+        if self._shared:
+            self._made[id(node)] = value
+
+
+class ValueBuilder:
+    """Makes the values that nodes describe."""
+
+    def __init__(
+        self, table: ObjectTable, tensor: Callable[[TensorNode], Any], opaque: Callable[[OpaqueNode], Any]
+    ) -> None:
+        self._table = table
+        self._tensor = tensor
+        self._opaque = opaque
+
+    def build(self, node: Node) -> Any:
+        """The value of a node. Raises ``ValueError`` or ``TypeError`` for a node that no writer has written."""
+        node = self._table.resolve(node)
+        made = self._table.made(node)
+        if made is not None:
+            return made
+        if isinstance(node, TensorNode):
+            value = self._tensor(node)
+            self._table.remember(node, value)
+            return value
+        if isinstance(node, (DictNode, MapNode, OrderedDictNode, ListNode)):
+            return self._build_container(node)
+        if isinstance(node, TupleNode):
+            return tuple([self.build(item) for item in node.items])
+        if isinstance(node, SetNode):
+            value = {self.build(item) for item in node.items}
+            self._table.remember(node, value)
+            return value
+        if isinstance(node, BytearrayNode):
+            value = bytearray(node.value)
+            self._table.remember(node, value)
+            return value
+        if isinstance(node, OpaqueNode):
+            return self._opaque(node)
+        return scalar_value(node)
+
+    def _build_container(self, node: DictNode | MapNode | OrderedDictNode | ListNode) -> Any:
+        value: Any
+        if isinstance(node, ListNode):
+            value = []
+            self._table.remember(node, value)
+            value += [self.build(item) for item in node.items]
+            return value
+        value = OrderedDict() if isinstance(node, OrderedDictNode) else {}
+        self._table.remember(node, value)
+        if isinstance(node, DictNode):
+            for key, item in node.items.items():
+                value[key] = self.build(item)
+            return value
+        for key_node, item in node.items:
+            value[self.build(key_node)] = self.build(item)
+        if isinstance(node, OrderedDictNode):
+            for name, item in node.attributes.items():
+                vars(value)[name] = self.build(item)
+        return value
+
+
+def scalar_value(node: Node) -> Any:
+    """The value of a node that holds no others."""
+    if isinstance(node, IntNode):
+        return int.from_bytes(node.value, "little", signed=True)
+    if isinstance(node, FloatNode):
+        return struct.unpack(">d", node.value)[0]
+    if isinstance(node, ComplexNode):
+        return complex(*unpack_floats(node.value))
+    if isinstance(node, TextNode):
+        return node.value.decode("utf-8", "surrogatepass")
+    if isinstance(node, BytesNode):
+        return node.value
+    if isinstance(node, SizeNode):
+        return torch.Size(node.items)
+    if isinstance(node, DtypeNode):
+        return torch_dtype(node.name)
+    if isinstance(node, DeviceNode):
+        return torch.device(node.device_type if node.index is None else f"{node.device_type}:{node.index}")
+    return node
+
+
+def tensors_in(node: Node, table: ObjectTable) -> Iterator[TensorNode | OpaqueNode]:
+    """The tensors and opaque values inside a node, references followed; one may come more than once."""
+    for inner, _ in walk_nodes(node):
+        resolved = table.resolve(inner)
+        if resolved is not inner:
+            yield from tensors_in(resolved, table)
+        elif isinstance(inner, (TensorNode, OpaqueNode)):
+            yield inner
+
+
+def map_storages(
+    index: Index, mapped: torch.UntypedStorage, offsets: list[int], pool: StoragePool, map_location: MapLocation
+) -> None:
+    """Give the pool views of a mapped file, one a storage, moved where ``map_location`` wants them."""
+    for number, (entry, offset) in enumerate(zip(index.storages, offsets, strict=True)):
+        storage = mapped[offset : offset + entry.nbytes]
+        if map_location is not None or entry.location != "cpu":
+            storage = relocated(storage, entry.location, map_location)
+        pool.give(number, storage)

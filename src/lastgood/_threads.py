@@ -1,0 +1,75 @@
+"""Waiting without waiting for ever: foreign code runs on daemon threads, and the caller watches the clock."""
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Result = TypeVar("Result")
+Task = TypeVar("Task")
+
+
+def call_with_timeout(
+    function: Callable[[], Result], timeout_secs: float, timed_out: Callable[[], Exception], *, name: str
+) -> Result:
+    """The result of ``function``, or its exception; after ``timeout_secs``, the exception that ``timed_out`` makes.
+
+    A call that has timed out goes on in its daemon thread, whose outcome is dropped; it cannot keep the interpreter
+    from exiting.
+    """
+    results: list[Result] = []
+    run_all([lambda: results.append(function())], lambda task: task(), 1, timeout_secs, timed_out, name=name)
+    return results[0]
+
+
+def run_all(
+    tasks: Sequence[Task],
+    run: Callable[[Task], object],
+    thread_count: int,
+    no_progress_timeout_secs: float,
+    timed_out: Callable[[], Exception],
+    *,
+    name: str,
+) -> None:
+    """Run every task, several at a time, in their order; raises the failure of the first task that failed.
+
+    After a failure no further task is begun. When no task ends for ``no_progress_timeout_secs``, raises what
+    ``timed_out`` makes, and the threads still running are left behind.
+    """
+    numbers = itertools.count()
+    ended: queue.Queue[tuple[int, BaseException | None]] = queue.Queue()
+    stopped = threading.Event()
+
+    def work() -> None:
+        while (number := next(numbers)) < len(tasks) and not stopped.is_set():
+            failure: BaseException | None = None
+            try:
+                run(tasks[number])
+            except BaseException as error:
+                failure = error
+                stopped.set()
+            ended.put((number, failure))
+        ended.put((-1, None))
+
+    threads = [
+        threading.Thread(target=work, name=f"lastgood-{name}-{number}", daemon=True)
+        for number in range(min(thread_count, len(tasks)))
+    ]
+    for thread in threads:
+        thread.start()
+    failures: list[tuple[int, BaseException]] = []
+    running = len(threads)
+    try:
+        while running:
+            number, failure = ended.get(timeout=no_progress_timeout_secs)
+            if number < 0:
+                running -= 1
+            elif failure is not None:
+                failures.append((number, failure))
+    except queue.Empty:
+        raise timed_out() from None
+    finally:
+        stopped.set()
+    if failures:
+        raise min(failures, key=lambda entry: entry[0])[1]

@@ -1,0 +1,143 @@
+"""Reading checkpoints: one rank's file, after making sure that its save was committed."""
+
+import os
+from typing import Any
+
+from lastgood._loading.file import load_file
+from lastgood._loading.values import MapLocation
+from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, UncommittedCheckpointError
+from lastgood.format.archive import Archive
+from lastgood.format.manifest import (
+    MAX_MANIFEST_SIZE,
+    InvalidManifestError,
+    Manifest,
+    checkpoint_file,
+    decode_manifest,
+    manifest_file,
+)
+from lastgood.format.spec import crc32
+from lastgood.storage.base import StorageBackend
+from lastgood.storage.local import LocalStorage
+from lastgood.types import STATE_DICT, RankInfo
+
+
+class CheckpointReader:
+    """Reads this rank's part of checkpoints; nothing from a file is executed."""
+
+    def __init__(self, rank_info: RankInfo, *, storage: StorageBackend | None = None) -> None:
+        self._rank_info = rank_info
+        self._storage = LocalStorage() if storage is None else storage
+
+    def read(
+        self,
+        path: str,
+        state_dict: STATE_DICT | None = None,
+        *,
+        map_location: MapLocation = None,
+        verify: bool = True,
+        verify_first: bool = False,
+        mmap: bool = False,
+        allow_uncommitted: bool = False,
+        **kwargs: Any,
+    ) -> tuple[STATE_DICT, list[str]]:
+        """The state saved by this rank in the directory ``path``, and the wanted keys that it does not hold.
+
+        Without ``state_dict``, everything, newly made. With it, just its keys: into its tensors in place, newly made
+        where it holds ``None``, other values replaced; the same dict is returned, and the dotted paths of keys that
+        are missing (a key missing with all below it once). A target of another shape or dtype raises
+        :class:`~lastgood.errors.TargetMismatchError` before anything is changed.
+
+        ``verify`` compares all that is read with its checksums; ``verify_first`` checks the whole file before any
+        target is touched; ``mmap`` maps the file and checks nothing but its index; ``allow_uncommitted`` reads a file
+        of several ranks whose save was never committed. ``map_location`` is that of ``torch.load``. Other arguments
+        are accepted and ignored.
+        """
+        rank = self._rank_info.global_rank
+        file_path = checkpoint_file(path, rank)
+        if not self._storage.exists(file_path):
+            raise self._not_found(path)
+        file = self._storage.open(file_path)
+        try:
+
+            def admit(archive: Archive) -> None:
+                self._admit(path, archive, allow_uncommitted=allow_uncommitted)
+
+            return load_file(
+                file,
+                state_dict,
+                map_location=map_location,
+                mmap=mmap,
+                verify=verify,
+                verify_first=verify_first,
+                admit=admit,
+            )
+        finally:
+            file.close()
+
+    def _not_found(self, path: str) -> Exception:
+        rank = self._rank_info.global_rank
+        known: dict[str, Any] = {"path": path, "rank": rank, "phase": "read"}
+        if os.path.isfile(path):
+            return CheckpointNotFoundError(
+                f"{path} is a file; a checkpoint is a directory with a file for each rank. To load one file, use "
+                "lastgood.load.",
+                **known,
+            )
+        there = [name for name in self._storage.list(path) if name.startswith("checkpoint_") and name.endswith(".pt")]
+        if there:
+            return CheckpointNotFoundError(
+                f"the checkpoint {path} has no file for rank {rank}; it holds {', '.join(there)}.", **known
+            )
+        reason = "the directory holds no checkpoint" if self._storage.exists(path) else "there is no such directory"
+        return CheckpointNotFoundError(
+            f"Checkpoint file not found at {checkpoint_file(path, rank)}: {reason}.", **known
+        )
+
+    def _admit(self, path: str, archive: Archive, *, allow_uncommitted: bool) -> None:
+        """Refuse a file that is not this rank's, or whose save was not committed, or that is of another save."""
+        index, rank = archive.index, self._rank_info.global_rank
+        if index.rank != rank:
+            raise CorruptCheckpointError(
+                f"{archive.file.path} was written by rank {index.rank}, not {rank}: somebody renamed it.",
+                path=archive.file.path,
+                rank=rank,
+            )
+        if index.world_size == 1 or index.independent or allow_uncommitted:
+            return
+        manifest = self._manifest(path, index.world_size)
+        entry = manifest.files[rank]
+        if (entry.save_id, entry.size) != (index.save_id, archive.file.size) or entry.trailer_crc != crc32(
+            archive.trailer_bytes
+        ):
+            raise CorruptCheckpointError(
+                f"{archive.file.path} is not the file that the manifest of {path} names: it belongs to another save. "
+                "Load an earlier checkpoint.",
+                path=archive.file.path,
+                rank=rank,
+            )
+
+    def _manifest(self, path: str, world_size: int) -> Manifest:
+        name = manifest_file(path)
+        if not self._storage.exists(name):
+            raise UncommittedCheckpointError(
+                f"the checkpoint {path} was written by {world_size} ranks and never committed: it has no manifest. "
+                "Load an earlier one, or pass allow_uncommitted=True to read this rank's file all the same.",
+                path=path,
+                rank=self._rank_info.global_rank,
+            )
+        file = self._storage.open(name)
+        try:
+            if file.size > MAX_MANIFEST_SIZE:
+                raise InvalidManifestError(f"it has {file.size} bytes")
+            data = bytearray(file.size)
+            file.read_into(0, memoryview(data))
+            manifest = decode_manifest(bytes(data))
+            if manifest.world_size != world_size:
+                raise InvalidManifestError(f"it names {manifest.world_size} ranks, the files {world_size}")
+            return manifest
+        except InvalidManifestError as error:
+            raise CorruptCheckpointError(
+                f"{name} is damaged: {error}. Load an earlier checkpoint.", path=name, rank=self._rank_info.global_rank
+            ) from error
+        finally:
+            file.close()

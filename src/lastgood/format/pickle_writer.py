@@ -1,0 +1,333 @@
+"""From the index to data.pkl: the canonical pickle that torch.load reads.
+
+The pickle is a function of the index alone (and of the bodies of its opaque values, which are spliced in as they
+are). A reader computes it again and compares: an index and a pickle that disagree are found out.
+"""
+
+import pickle
+import struct
+from collections.abc import Callable
+
+from lastgood.format.index import (
+    NUMBERED,
+    BytearrayNode,
+    BytesNode,
+    ComplexNode,
+    DeviceNode,
+    DictNode,
+    DtypeNode,
+    FloatNode,
+    Index,
+    IntNode,
+    InvalidIndexError,
+    ListNode,
+    MapNode,
+    Node,
+    OpaqueNode,
+    OrderedDictNode,
+    ReferenceNode,
+    SetNode,
+    SizeNode,
+    StorageEntry,
+    TensorNode,
+    TextNode,
+    TupleNode,
+    unpack_floats,
+    walk_nodes,
+)
+from lastgood.format.spec import DTYPES
+
+PROTOCOL = b"\x80\x02"
+
+_pack_u32 = struct.Struct("<I").pack
+_pack_i32 = struct.Struct("<i").pack
+_pack_double = struct.Struct(">d").pack
+
+_TUPLE_ENDINGS = {0: pickle.EMPTY_TUPLE, 1: pickle.TUPLE1, 2: pickle.TUPLE2, 3: pickle.TUPLE3}
+
+
+def encode_pickle(index: Index, opaque_bodies: bytes | memoryview) -> bytes:
+    """The bytes of data.pkl. ``opaque_bodies`` holds all opaque bodies end to end, in the order of the index.
+
+    ``OpaqueNode.start`` is not looked at: it follows from where the bodies come to stand (see
+    :func:`place_opaque_values`). Raises :class:`InvalidIndexError` for a node that has no pickle.
+    """
+    writer = _PickleWriter(index.storages, memoryview(opaque_bodies), _opaque_memo_size(index.root))
+    writer.emit(index.root)
+    return b"".join([PROTOCOL, *writer.parts, pickle.STOP])
+
+
+def place_opaque_values(index: Index, opaque_bodies: bytes) -> bytes:
+    """:func:`encode_pickle`, setting ``start`` of every opaque node to where its body came to stand."""
+    writer = _PickleWriter(index.storages, memoryview(opaque_bodies), _opaque_memo_size(index.root))
+    placed: list[tuple[OpaqueNode, int]] = []
+    writer.on_opaque = lambda node: placed.append((node, len(writer.parts)))
+    writer.emit(index.root)
+    starts, position = [], len(PROTOCOL)
+    for part in writer.parts:
+        starts.append(position)
+        position += len(part)
+    for node, part_number in placed:
+        node.start = starts[part_number]
+    return b"".join([PROTOCOL, *writer.parts, pickle.STOP])
+
+
+def _opaque_memo_size(root: Node) -> int:
+    return sum(node.memo_size for node, _ in walk_nodes(root) if isinstance(node, OpaqueNode))
+
+
+class _PickleWriter:
+    """Emits pickle opcodes for nodes. Its memo numbers start where those of the opaque bodies end."""
+
+    def __init__(self, storages: list[StorageEntry], opaque_bodies: memoryview, first_memo: int) -> None:
+        self.parts: list[bytes | memoryview] = []
+        self.on_opaque: Callable[[OpaqueNode], None] = lambda node: None
+        self._storages = storages
+        self._bodies = opaque_bodies
+        self._body_position = 0
+        self._next_memo = first_memo
+        self._constants: dict[bytes, bytes] = {}
+        self._numbered_memos: list[int] = []
+        self._int_tuples: dict[tuple[int, ...], bytes] = {}
+
+    def emit(self, node: Node) -> None:
+        kind = type(node)
+        if kind is TensorNode:
+            self.parts.append(self._tensor(node))  # type: ignore[arg-type]
+            return
+        if isinstance(node, NUMBERED):
+            self._emit_container(node)
+        elif isinstance(node, TupleNode):
+            self._emit_tuple(node)
+        elif isinstance(node, OpaqueNode):
+            self._emit_opaque(node)
+        elif isinstance(node, ReferenceNode):
+            self.parts.append(_get(self._numbered_memos[node.number]))
+        else:
+            self.parts.append(self._scalar(node))
+
+    # Containers
+
+    def _emit_container(self, node: Node) -> None:
+        memo = self._put_numbered()
+        if isinstance(node, DictNode):
+            self.parts += (pickle.EMPTY_DICT, memo)
+            self._emit_items([(key, value) for key, value in node.items.items()])
+        elif isinstance(node, MapNode):
+            self.parts += (pickle.EMPTY_DICT, memo)
+            self._emit_items(node.items)
+        elif isinstance(node, OrderedDictNode):
+            self.parts += (self._new_ordered_dict(), memo)
+            self._emit_items(node.items)
+            if node.attributes:
+                self.parts.append(pickle.EMPTY_DICT)
+                self._emit_items(list(node.attributes.items()))
+                self.parts.append(pickle.BUILD)
+        elif isinstance(node, ListNode):
+            self.parts += (pickle.EMPTY_LIST, memo)
+            if node.items:
+                self.parts.append(pickle.MARK)
+                for item in node.items:
+                    self.emit(item)
+                self.parts.append(pickle.APPENDS)
+        elif isinstance(node, SetNode):
+            self.parts += (self._global("__builtin__", "set"), pickle.EMPTY_LIST)
+            if node.items:
+                self.parts.append(pickle.MARK)
+                for item in node.items:
+                    self.emit(item)
+                self.parts.append(pickle.APPENDS)
+            self.parts += (pickle.TUPLE1, pickle.REDUCE, memo)
+        elif isinstance(node, BytearrayNode):
+            text = node.value.decode("latin-1").encode()
+            arguments = _text(text) + self._latin1() + pickle.TUPLE2
+            self.parts += (self._global("__builtin__", "bytearray"), arguments, pickle.REDUCE, memo)
+
+    def _emit_items(self, items: "list[tuple[Node, Node]] | list[tuple[str, Node]]") -> None:
+        if not items:
+            return
+        parts = self.parts
+        parts.append(pickle.MARK)
+        for key, value in items:
+            if type(key) is str:
+                parts.append(_text(key.encode()))
+            else:
+                self.emit(key)
+            self.emit(value)
+        parts.append(pickle.SETITEMS)
+
+    def _emit_tuple(self, node: TupleNode) -> None:
+        length = len(node.items)
+        if length > 3:
+            self.parts.append(pickle.MARK)
+        for item in node.items:
+            self.emit(item)
+        self.parts.append(_TUPLE_ENDINGS.get(length, pickle.TUPLE))
+
+    def _emit_opaque(self, node: OpaqueNode) -> None:
+        self.on_opaque(node)
+        end = self._body_position + node.length
+        if end > len(self._bodies):
+            raise InvalidIndexError("opaque values longer than data.pkl")
+        self.parts.append(self._bodies[self._body_position : end])
+        self._body_position = end
+
+    # Tensors
+
+    def _tensor(self, node: TensorNode) -> bytes:
+        entry = self._storages[node.storage]
+        dtype = DTYPES[node.dtype]
+        typed = entry.dtype == node.dtype and dtype.storage_class is not None
+        flags = node.flags
+        parameter = "p" in flags
+        # A Parameter is a call around its data; the data itself never requires grad.
+        requires_grad = pickle.NEWTRUE if "g" in flags else pickle.NEWFALSE
+        arguments = [
+            self._global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"),
+            pickle.MARK,
+            self._storage_reference(node.storage, entry, typed),
+            _integer(node.offset),
+            self._int_tuple(node.shape),
+            self._int_tuple(node.stride),
+            pickle.NEWFALSE if parameter else requires_grad,
+            self._new_ordered_dict(),
+        ]
+        if not typed:
+            arguments.append(self._global("torch", node.dtype))
+        if "c" in flags or "n" in flags:
+            arguments.append(_view_bits(flags))
+        arguments += (pickle.TUPLE, pickle.REDUCE)
+        if parameter:
+            arguments.insert(0, self._global("torch._utils", "_rebuild_parameter"))
+            arguments += (requires_grad, self._new_ordered_dict(), pickle.TUPLE3, pickle.REDUCE)
+        arguments.append(self._put_numbered())
+        return b"".join(arguments)
+
+    def _storage_reference(self, number: int, entry: StorageEntry, typed: bool) -> bytes:
+        if typed:
+            info = DTYPES[entry.dtype]
+            storage_class = self._global("torch", str(info.storage_class))
+            numel = entry.nbytes // info.itemsize
+        else:
+            storage_class = self._global("torch.storage", "UntypedStorage")
+            numel = entry.nbytes
+        name = self._constant(_text(b"storage"))
+        location = self._constant(_text(entry.location.encode()))
+        key = _text(b"%d" % number)
+        return b"".join(
+            (pickle.MARK, name, storage_class, key, location, _integer(numel), pickle.TUPLE, pickle.BINPERSID)
+        )
+
+    def _int_tuple(self, values: tuple[int, ...]) -> bytes:
+        encoded = self._int_tuples.get(values)
+        if encoded is None:
+            encoded = b"".join(map(_integer, values)) + _TUPLE_ENDINGS.get(len(values), pickle.TUPLE)
+            if len(values) > 3:
+                encoded = pickle.MARK + encoded
+            self._int_tuples[values] = encoded
+        return encoded
+
+    # Scalars
+
+    def _scalar(self, node: Node) -> bytes:
+        if node is None:
+            return pickle.NONE
+        if isinstance(node, bool):
+            return pickle.NEWTRUE if node else pickle.NEWFALSE
+        if isinstance(node, int):
+            return _integer(node)
+        if isinstance(node, float):
+            return pickle.BINFLOAT + _pack_double(node)
+        if isinstance(node, str):
+            return _text(node.encode())
+        if isinstance(node, IntNode):
+            return _long(int.from_bytes(node.value, "little", signed=True))
+        if isinstance(node, FloatNode):
+            return pickle.BINFLOAT + node.value
+        if isinstance(node, TextNode):
+            return _text(node.value)
+        if isinstance(node, BytesNode):
+            text = _text(node.value.decode("latin-1").encode())
+            return self._global("_codecs", "encode") + text + self._latin1() + pickle.TUPLE2 + pickle.REDUCE
+        return self._torch_scalar(node)
+
+    def _torch_scalar(self, node: Node) -> bytes:
+        if isinstance(node, ComplexNode):
+            real, imaginary = (pickle.BINFLOAT + _pack_double(part) for part in unpack_floats(node.value))
+            return self._global("__builtin__", "complex") + real + imaginary + pickle.TUPLE2 + pickle.REDUCE
+        if isinstance(node, SizeNode):
+            return self._global("torch", "Size") + self._int_tuple(node.items) + pickle.TUPLE1 + pickle.REDUCE
+        if isinstance(node, DtypeNode):
+            return self._global("torch", node.name)
+        if isinstance(node, DeviceNode):
+            number = b"" if node.index is None else _integer(node.index)
+            arguments = _text(node.device_type.encode()) + number + (pickle.TUPLE2 if number else pickle.TUPLE1)
+            return self._global("torch", "device") + arguments + pickle.REDUCE
+        raise InvalidIndexError(f"no pickle for a {type(node).__name__}")
+
+    def _latin1(self) -> bytes:
+        return self._constant(_text(b"latin1"))
+
+    # The memo
+
+    def _new_ordered_dict(self) -> bytes:
+        return self._global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+
+    def _global(self, module: str, name: str) -> bytes:
+        if "\n" in name:
+            raise InvalidIndexError(f"{name!r} is no name")
+        return self._constant(pickle.GLOBAL + module.encode() + b"\n" + name.encode() + b"\n")
+
+    def _constant(self, encoded: bytes) -> bytes:
+        """The value itself, remembered, the first time; a reference to it from then on."""
+        known = self._constants.get(encoded)
+        if known is not None:
+            return known
+        memo = self._take_memo()
+        self._constants[encoded] = _get(memo)
+        return encoded + _put(memo)
+
+    def _put_numbered(self) -> bytes:
+        memo = self._take_memo()
+        self._numbered_memos.append(memo)
+        return _put(memo)
+
+    def _take_memo(self) -> int:
+        self._next_memo += 1
+        return self._next_memo - 1
+
+
+def _put(memo: int) -> bytes:
+    return pickle.BINPUT + bytes((memo,)) if memo < 256 else pickle.LONG_BINPUT + _pack_u32(memo)
+
+
+def _get(memo: int) -> bytes:
+    return pickle.BINGET + bytes((memo,)) if memo < 256 else pickle.LONG_BINGET + _pack_u32(memo)
+
+
+def _text(encoded: bytes) -> bytes:
+    return pickle.BINUNICODE + _pack_u32(len(encoded)) + encoded
+
+
+def _integer(value: int) -> bytes:
+    if 0 <= value < 256:
+        return pickle.BININT1 + bytes((value,))
+    if 0 <= value < 65536:
+        return pickle.BININT2 + struct.pack("<H", value)
+    if -(2**31) <= value < 2**31:
+        return pickle.BININT + _pack_i32(value)
+    return _long(value)
+
+
+def _long(value: int) -> bytes:
+    encoded = pickle.encode_long(value)
+    if len(encoded) < 256:
+        return pickle.LONG1 + bytes((len(encoded),)) + encoded
+    return pickle.LONG4 + _pack_i32(len(encoded)) + encoded
+
+
+def _view_bits(flags: str) -> bytes:
+    """The dict of metadata in which torch keeps the conjugate and the negative bit of a view."""
+    names = [name for letter, name in (("c", b"conj"), ("n", b"neg")) if letter in flags]
+    items = b"".join(_text(name) + pickle.NEWTRUE for name in names)
+    return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS

@@ -1,0 +1,1 @@
+"""Where checkpoints are kept: the contract (:mod:`.base`) and what implements it."""

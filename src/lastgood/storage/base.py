@@ -1,0 +1,84 @@
+"""What a storage backend is: the whole contract between checkpoints and the places they are kept in.
+
+A path is a string that the backend understands; for local storage it is a path of the file system. Every error of
+the backend is raised as one of :mod:`lastgood.errors`, with the original chained.
+"""
+
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class StreamedWrite(Protocol):
+    """A file on its way to storage. Nobody sees it under its name before :meth:`commit`.
+
+    Exactly one of :meth:`commit` and :meth:`abort` ends it; ``abort`` may follow a failed ``commit``.
+    """
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of ``data`` at ``offset``. Threads may call this at the same time for disjoint ranges.
+
+        Local storage can skip the page cache when the data's address, ``offset`` and length are multiples of
+        4096 bytes; anything else is written all the same.
+        """
+
+    def make_durable(self) -> None:
+        """Return once every byte written would survive a power cut. No ``write_at`` may follow.
+
+        When this raises, the data is in an unknown state: only ``abort`` may follow, never a second attempt.
+        """
+
+    def commit(self, *, replace: bool = True) -> None:
+        """Publish the file under its name, atomically and durably; makes it durable first if that is still to do.
+
+        With ``replace=False`` an existing file of that name is left alone and
+        :class:`~lastgood.errors.CheckpointExistsError` is raised.
+        """
+
+    def abort(self) -> None:
+        """Drop what was written. May be called several times, and after a failure; never raises."""
+
+
+class StoredFile(Protocol):
+    """A file open for reading. The bytes are those of the moment it was opened, whatever is published later."""
+
+    path: str
+    size: int
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``offset`` on. Threads may call this at the same time.
+
+        Raises :class:`~lastgood.errors.CorruptCheckpointError` when the file ends before ``target`` is full.
+        """
+
+    def close(self) -> None:
+        """Give the file back. May be called several times."""
+
+
+class StorageBackend(Protocol):
+    """A place for checkpoints. All methods may be called from several threads."""
+
+    def begin(self, path: str, size: int) -> StreamedWrite:
+        """Start a file of exactly ``size`` bytes, making missing parent directories (durably) on the way.
+
+        Clears temporaries that dead writers of the same name left behind. Raises
+        :class:`~lastgood.errors.StorageError` before a byte is written when ``size`` bytes are not available.
+        """
+
+    def put(self, path: str, data: Buffer) -> None:
+        """Write a small file whole: durable and visible when this returns, replacing one of the same name."""
+
+    def put_if_absent(self, path: str, data: Buffer) -> None:
+        """Like :meth:`put`, but raises :class:`~lastgood.errors.CheckpointExistsError` if the name is taken."""
+
+    def open(self, path: str) -> StoredFile:
+        """Open for reading; raises :class:`~lastgood.errors.CheckpointNotFoundError` if there is no such file."""
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file or directory of this name."""
+
+    def list(self, path: str) -> list[str]:
+        """The names directly under a directory, sorted; an empty list if there is no such directory."""
+
+    def delete(self, path: str) -> None:
+        """Remove a file durably. A file that is not there is no error."""

@@ -1,0 +1,94 @@
+"""Checkpoints in directories of the machine's own file systems."""
+
+import contextlib
+import os
+
+from lastgood.errors import ConfigError
+from lastgood.storage._durable_write import (
+    DurableWrite,
+    begin_durable_write,
+    is_temporary,
+    refuse_directory,
+    sync_directory,
+)
+from lastgood.storage._local_errors import UNCHANGED, translated
+from lastgood.storage._local_read import LocalFile, open_local_file
+from lastgood.storage.base import Buffer
+from lastgood.storage.file_ops import FileOps, OsFileOps
+
+
+class LocalStorage:
+    """The :class:`~lastgood.storage.base.StorageBackend` of local (and mounted network) file systems.
+
+    A relative path is taken from the working directory at the time of the call. A symbolic link under a file's name
+    is replaced by the file, not followed. Everything that is written is written in full under a temporary name in
+    the same directory first, so a directory needs room for the old file and the new one at once. ``list`` does not
+    show these temporaries.
+    """
+
+    def __init__(self, file_ops: FileOps | None = None) -> None:
+        self._ops: FileOps = OsFileOps() if file_ops is None else file_ops
+
+    def begin(self, path: str, size: int) -> DurableWrite:
+        if size < 0:
+            raise ConfigError(f"a file cannot have {size} bytes", path=path)
+        return begin_durable_write(self._ops, _absolute(path), size)
+
+    def put(self, path: str, data: Buffer) -> None:
+        self._put(path, data, replace=True)
+
+    def put_if_absent(self, path: str, data: Buffer) -> None:
+        self._put(path, data, replace=False)
+
+    def _put(self, path: str, data: Buffer, *, replace: bool) -> None:
+        view = memoryview(data)
+        write = self.begin(path, view.nbytes)
+        try:
+            write.write_at(0, view)
+            write.commit(replace=replace)
+        finally:
+            write.abort()
+
+    def open(self, path: str) -> LocalFile:
+        _absolute(path)
+        return open_local_file(self._ops, path)
+
+    def exists(self, path: str) -> bool:
+        with translated("looking for", path, phase="exists", safe=UNCHANGED):
+            try:
+                self._ops.status(_absolute(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
+
+    def list(self, path: str) -> list[str]:
+        with translated("listing", path, phase="list", safe=UNCHANGED):
+            try:
+                names = self._ops.list_directory(_absolute(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            return sorted(name for name in names if not is_temporary(name))
+
+    def delete(self, path: str) -> None:
+        absolute = _absolute(path)
+        with translated("deleting", path, phase="delete", safe="The file may still be there."):
+            refuse_directory(self._ops, absolute)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                self._ops.unlink(absolute)
+            # Even if it was gone already: whoever removed it may have died before that was durable.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                sync_directory(self._ops, os.path.dirname(absolute))
+
+
+def _absolute(path: str) -> str:
+    """The path from the root, so that a later change of working directory cannot move a file that is being written.
+
+    ``..`` stays as it is: after a symbolic link it does not mean what its letters say.
+    """
+    if not path or "\0" in path:
+        raise ConfigError(f"{path!r} is not a path: it is empty, or has a zero byte in it")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{path!r} cannot be the name of a file here: {error}") from error
+    return os.path.join(os.getcwd(), path)

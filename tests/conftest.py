@@ -1,0 +1,30 @@
+"""What all tests share. torch is not imported here: a test that does without it should not pay for it."""
+
+import os
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+SEED_VARIABLE = "LASTGOOD_TEST_SEED"
+
+# Time limits of hypothesis say more about what else the machine is doing than about the code: pytest's own
+# time-out is the one that counts. A failure prints the line that reproduces it.
+settings.register_profile(
+    "default", deadline=None, print_blob=True, derandomize=False, suppress_health_check=[HealthCheck.too_slow]
+)
+# CI judges a change: the same change gets the same examples. New examples are looked for everywhere else.
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "default")
+
+
+@pytest.fixture
+def rng_seed() -> int:
+    """A seed for the random choices of one test: another one in every run, printed when the test fails.
+
+    ``LASTGOOD_TEST_SEED`` in the environment sets it, to repeat a failure.
+    """
+    seed = int(os.environ.get(SEED_VARIABLE) or random.SystemRandom().getrandbits(32))
+    # pytest shows what a test printed when it fails, and only then.
+    print(f"random seed: to repeat, run with {SEED_VARIABLE}={seed}")
+    return seed

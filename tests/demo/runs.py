@@ -1,0 +1,30 @@
+"""Small trainings for the tests of the demo."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lastgood.cli._demo.protocol import Event, ModelShape, SaveBegins, SaveDone, Settings, StepDone
+
+TINY = ModelShape(layers=1, width=16, heads=2, context=16)
+
+
+def tiny_settings(directory: Path, *, steps: int = 8) -> Settings:
+    """A training of a second, with a checkpoint after every second step."""
+    return Settings(checkpoints=str(directory), steps=steps, save_every=2, seed=11, batch_size=4, model=TINY)
+
+
+class Interrupted(BaseException):
+    """Stands for the end of the process in tests that stay in one process."""
+
+
+def interrupt_at(
+    moment: type[StepDone | SaveBegins | SaveDone], step: int, seen: list[Event]
+) -> Callable[[Event], None]:
+    """A report function that keeps what it is told, and ends the training at the given event of the given step."""
+
+    def report(event: Event) -> None:
+        seen.append(event)
+        if isinstance(event, moment) and event.step == step:
+            raise Interrupted
+
+    return report

@@ -1,0 +1,21 @@
+"""The examples run, and do what they are there to show."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_and_resume.py"
+
+
+def test_the_short_example_resumes_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tmp_path / "checkpoint")])
+    first = runpy.run_path(str(EXAMPLE))
+    assert first["step"] == 1000
+    assert "starting afresh" in capsys.readouterr().out
+    second = runpy.run_path(str(EXAMPLE))
+    assert capsys.readouterr().out == "resumed at step 1000\n"
+    assert all((first["model"].weight == second["model"].weight).flatten().tolist())
