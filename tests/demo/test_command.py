@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import lastgood
 from lastgood.cli import app, main
 from lastgood.cli._demo.fingerprint import differences
+from lastgood.cli._demo.workspace import Workspace
 
 STEPS = 16
 
@@ -106,3 +107,14 @@ finally:
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
     assert "torch imported: False" in done.stdout
+
+
+def test_a_new_demo_empties_what_the_one_before_left_and_nothing_else(tmp_path: Path) -> None:
+    before = Workspace(tmp_path)
+    (before.checkpoints / "step-200").mkdir(parents=True)
+    before.log.write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    after = Workspace(tmp_path)
+    assert not after.checkpoints.exists()
+    assert not after.log.exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -50,7 +50,7 @@ def test_both_curves_and_the_repeated_steps_are_drawn() -> None:
     (reference,) = _elements(picture, "polyline", "reference")
     killed = _elements(picture, "polyline", "killed")
     assert len(reference.get("points").split()) == 40
-    assert [len(curve.get("points").split()) for curve in killed] == [12, 10, 12, 20]
+    assert [len(curve.get("points").split()) for curve in killed] == [12, 11, 13, 21]
     assert set(killed[3].get("points").split()) <= set(reference.get("points").split())
     bands = [float(band.get("width")) for band in _elements(picture, "rect", "repeated")[1:]]
     assert [band / bands[0] for band in bands] == pytest.approx([1, 5, 1], rel=0.01)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lastgood.storage._direct_io import ALIGNMENT, address_of
 from lastgood.storage.file_ops import OsFileOps
 
 
@@ -50,6 +51,13 @@ class RecordingFileOps:
     def of(self, name: str) -> list[Call]:
         return [call for call in self.calls if call.name == name]
 
+    def _check_alignment(self, buffer: memoryview, offset: int) -> None:
+        # Storage would take the kernel's refusal for a file system without direct I/O, and go on, slowly.
+        for number in (address_of(buffer), offset, len(buffer)):
+            assert number % ALIGNMENT == 0, (
+                f"direct I/O of {len(buffer)} bytes at {offset}, memory {address_of(buffer)}"
+            )
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         real = getattr(self._real, name)
 
@@ -59,6 +67,8 @@ class RecordingFileOps:
             with self._lock:
                 path = self.paths.get(target, "?") if isinstance(target, int) else target
                 self.calls.append(Call(name, path, arguments))
+            if target in self.direct and name in ("pwrite", "pread_into"):
+                self._check_alignment(*arguments[1:])
             stand_in = self._stand_ins.get(name)
             result = real(*arguments) if stand_in is None else stand_in(real, *arguments)
             if name.startswith("open_"):
@@ -89,7 +99,7 @@ def refuse_direct_when_used(ops: RecordingFileOps) -> None:
 def has_direct_io(directory: str) -> bool:
     """Whether the file system of a directory takes direct I/O."""
     ops = OsFileOps()
-    path = os.path.join(directory, "direct I/O probe")
+    path = os.path.join(directory, "probe")
     ops.close(ops.open_exclusive(path))
     try:
         ops.close(ops.open_direct(path, write=True))

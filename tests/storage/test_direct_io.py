@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from lastgood.errors import StorageError
-from lastgood.storage._direct_io import ALIGNMENT, address_of, aligned_buffer, copy_memory, round_down, round_up
-from lastgood.storage.file_ops import OsFileOps
-from lastgood.storage.local import LocalStorage
-from lastgood.testing.storage_backend_tests import random_bytes
 from tests.storage.recording import (
     RecordingFileOps,
     has_direct_io,
     refuse_direct_at_open,
     refuse_direct_when_used,
 )
+
+from lastgood.errors import StorageError
+from lastgood.storage._direct_io import ALIGNMENT, address_of, aligned_buffer, copy_memory, round_down, round_up
+from lastgood.storage.file_ops import OsFileOps
+from lastgood.storage.local import LocalStorage
+from lastgood.testing.storage_backend_tests import random_bytes
 
 
 def aligned_copy(data: bytes, shift: int = 0) -> memoryview:
@@ -113,6 +113,7 @@ def test_hazard_17_odirect_refused_falls_back(
     write = storage.begin(str(tmp_path / "file"), len(data))
     for start, end in itertools.pairwise((0, 1 << 20, (1 << 20) + 5000, len(data))):
         write.write_at(start, aligned_copy(data)[start:end])
+    write.write_at(0, aligned_copy(data[: 1 << 20], 64))  # memory that direct I/O would not take
     write.commit()
     assert (tmp_path / "file").read_bytes() == data
     if refusal is not None:
@@ -190,7 +191,9 @@ def test_what_is_cached_is_read_from_the_cache_and_what_is_not_past_it(tmp_path:
     with closing(LocalStorage(ops).open(str(tmp_path / "file"))) as stored:
         stored.read_into(0, target)
     assert target == data
-    reads = [(call.arguments[0] in ops.direct, call.arguments[2], len(call.arguments[1])) for call in ops.of("pread_into")]
+    reads = [
+        (call.arguments[0] in ops.direct, call.arguments[2], len(call.arguments[1])) for call in ops.of("pread_into")
+    ]
     assert reads == [(False, 0, half), (True, half, half)]
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.storage.recording import RecordingFileOps
 
 from lastgood.errors import CheckpointExistsError, ConfigError, StorageError
 from lastgood.storage._direct_io import aligned_buffer
 from lastgood.storage.local import LocalStorage
 from lastgood.testing.storage_backend_tests import random_bytes, read_all, running
-from tests.storage.recording import RecordingFileOps
 
 QUESTIONS = {"status", "available_bytes", "list_directory", "open_write", "open_direct", "close"}
 
@@ -168,6 +168,21 @@ def test_an_interrupt_during_fsync_abandons_the_file(
     assert ops.names().count("fsync") == 1
     assert "replace" not in ops.names()
     assert names_in(tmp_path) == []
+
+
+def test_a_write_while_the_file_is_fsynced_is_refused(
+    ops: RecordingFileOps, storage: LocalStorage, tmp_path: Path
+) -> None:
+    write = storage.begin(str(tmp_path / "file"), 3)
+
+    def written_to(real: Callable[..., Any], descriptor: int) -> None:
+        with pytest.raises(ConfigError, match="after make_durable"):
+            write.write_at(0, memoryview(b"new"))
+        real(descriptor)
+
+    ops.replace_call("fsync", written_to)
+    write.commit()
+    assert not ops.of("pwrite")
 
 
 def test_a_second_make_durable_does_not_fsync_again(
@@ -328,7 +343,9 @@ def test_a_publication_that_fails_for_another_reason_is_told_as_it_is(
     assert names_in(tmp_path) == []
 
 
-def test_a_link_whose_answer_was_lost_is_a_success(ops: RecordingFileOps, storage: LocalStorage, tmp_path: Path) -> None:
+def test_a_link_whose_answer_was_lost_is_a_success(
+    ops: RecordingFileOps, storage: LocalStorage, tmp_path: Path
+) -> None:
     def asked_twice(real: Callable[..., Any], existing: str, new: str) -> None:
         real(existing, new)
         real(existing, new)
@@ -443,8 +460,46 @@ def test_an_abort_under_a_running_write_closes_only_after_it(
     with running(write_and_fail):
         assert inside.wait(60)
         write.abort()
-        assert "close" not in ops.names()
-        assert names_in(tmp_path) == []
+        closed_at_once = "close" in ops.names()
         go_on.set()
+    assert not closed_at_once
+    assert names_in(tmp_path) == []
     assert ops.names().count("close") == 1
     assert len(ops.of("pwrite")) == 1
+
+
+def test_what_cannot_be_looked_at_when_clearing_up_does_not_stop_a_save(
+    ops: RecordingFileOps, storage: LocalStorage, tmp_path: Path
+) -> None:
+    (tmp_path / ".file.0123456789abcdef.tmp").touch()
+    for step in ("open_write", "list_directory"):
+        ops.fail(step, errno.EACCES)
+        storage.put(str(tmp_path / "file"), b"whole")
+        ops.heal(step)
+        assert names_in(tmp_path) == [".file.0123456789abcdef.tmp", "file"]
+
+
+def test_a_failure_between_creation_and_lock_leaves_nothing(
+    ops: RecordingFileOps, storage: LocalStorage, tmp_path: Path
+) -> None:
+    def interrupted(real: Callable[..., Any], descriptor: int) -> bool:
+        raise KeyboardInterrupt
+
+    ops.replace_call("lock", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        storage.begin(str(tmp_path / "file"), 5)
+    assert names_in(tmp_path) == []
+    assert not descriptors_left_open(ops)
+
+
+def test_a_disk_that_fills_up_and_does_not_tell_how_much_is_left(
+    ops: RecordingFileOps, storage: LocalStorage, tmp_path: Path
+) -> None:
+    write = storage.begin(str(tmp_path / "file"), 5)
+    ops.fail("pwrite", errno.ENOSPC)
+    ops.fail("available_bytes", errno.EIO)
+    with pytest.raises(StorageError, match="5 bytes are needed, less than that is available") as caught:
+        write.write_at(0, memoryview(b"whole"))
+    assert caught.value.errno == errno.ENOSPC
+    write.abort()
+    assert names_in(tmp_path) == []

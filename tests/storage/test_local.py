@@ -12,6 +12,7 @@ import pytest
 
 from lastgood.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, StorageError
 from lastgood.storage.base import StorageBackend
+from lastgood.storage.file_ops import OsFileOps
 from lastgood.storage.local import LocalStorage
 from lastgood.testing.storage_backend_tests import StorageBackendTests, random_bytes, read_all
 
@@ -98,7 +99,7 @@ def test_a_directory_of_that_name_is_refused_before_anything_is_made(storage: Lo
     (tmp_path / "directory").mkdir()
     (tmp_path / "directory" / "inside").touch()
     path = str(tmp_path / "directory")
-    for action in (lambda: storage.put(path, b"abc"), lambda: storage.open(path), lambda: storage.delete(path)):
+    for action in (lambda: storage.begin(path, 3), lambda: storage.open(path), lambda: storage.delete(path)):
         with pytest.raises(StorageError, match="belongs to a directory") as caught:
             action()
         assert caught.value.errno == errno.EISDIR
@@ -186,6 +187,20 @@ def test_a_file_cut_off_after_it_was_opened_is_corrupt(storage: LocalStorage, tm
             os.truncate(path, size // 2)
             with pytest.raises(CorruptCheckpointError, match=f"ends at {size // 2}"):
                 stored.read_into(0, memoryview(bytearray(size)))
+
+
+def test_a_range_beyond_the_end_changes_nothing_in_the_target(storage: LocalStorage, tmp_path: Path) -> None:
+    storage.put(str(tmp_path / "file"), b"12345")
+    target = bytearray(6)
+    with closing(storage.open(str(tmp_path / "file"))) as stored, pytest.raises(CorruptCheckpointError):
+        stored.read_into(0, memoryview(target))
+    assert target == bytes(6)
+
+
+def test_exclusive_creation_does_not_open_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(FileExistsError):
+        OsFileOps().open_exclusive(str(tmp_path / "file"))
 
 
 def test_many_files_of_one_directory_do_not_mix_up_their_temporaries(storage: LocalStorage, tmp_path: Path) -> None:

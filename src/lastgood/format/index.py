@@ -4,6 +4,7 @@ A value of the state dict is described by a *node*. ``None``, ``bool``, ``int``,
 for themselves in JSON; everything else is an array whose first item names the kind. docs/format.md lists them.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeAlias
@@ -357,27 +358,29 @@ def unpack_floats(data: bytes) -> tuple[Any, ...]:
     return struct.unpack(f">{len(data) // 8}d", data)
 
 
+def _signed_bytes(value: int) -> bytes:
+    return value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+
+
 def scalar_node(value: Any) -> Node:
     """The node of a plain scalar (None, bool, int, float, complex, str, bytes, bytearray), exact types only.
 
     Raises ``TypeError`` for anything else.
     """
     kind = type(value)
+    node: Node = value
     if value is None or kind is bool:
-        return value
+        return node
     if kind is int:
-        if -(2**63) <= value < 2**63:
-            return value
-        return IntNode(value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+        return node if -(2**63) <= value < 2**63 else IntNode(_signed_bytes(value))
     if kind is float:
-        finite = value - value == 0.0
-        return value if finite else FloatNode(pack_float(value))  # type: ignore[no-any-return]
+        return node if math.isfinite(value) else FloatNode(pack_float(value))
     if kind is str:
         try:
             value.encode()
         except UnicodeEncodeError:
             return TextNode(value.encode("utf-8", "surrogatepass"))
-        return value
+        return node
     if kind is bytes:
         return BytesNode(value)
     if kind is complex:

@@ -62,7 +62,7 @@ class DurableWrite:
         self._state = "writing"  # then "durable", then "ended"; whatever fails goes to "ended" at once
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        if self._state == "durable":
+        if self._state != "writing" and not self._descriptors.closed:
             raise ConfigError(f"write_at after make_durable, on {self._path}", path=self._path)
         if offset < 0 or offset + data.nbytes > self._size:
             raise ConfigError(

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,7 @@ class StorageBackendTests:
         print(f"ranges: seed {seed}")
         rng = random.Random(seed)
         cuts = sorted({0, len(data), *(rng.randrange(len(data)) for _ in range(20)), 1 << 20, 3 << 20})
-        ranges = list(zip(cuts[:-1], cuts[1:], strict=True))
+        ranges = list(pairwise(cuts))
         rng.shuffle(ranges)
         write = self.storage.begin(self.path("file"), len(data))
 

@@ -50,8 +50,8 @@ def draw(reference: list[Life], killed: list[Life], *, title: str) -> str:
         *_legend(),
         *_axes(across, up, losses, last_step),
         *_repeated(killed, across),
-        *(_curve(life, across, up, "reference") for life in reference),
-        *(_curve(life, across, up, "killed") for life in killed),
+        *_curves(reference, across, up, "reference"),
+        *_curves(killed, across, up, "killed"),
         *_kills(killed, across),
         *_lives(killed, across),
     ]
@@ -108,9 +108,18 @@ def _round_values(low: float, high: float) -> list[float]:
     return [round(index * unit, 6) for index in range(first, int(high // unit) + 1)]
 
 
-def _curve(life: Life, across: _Scale, up: _Scale, kind: str) -> str:
-    points = " ".join(f"{across(e.step)},{up(e.loss)}" for e in life.events if isinstance(e, StepDone))
-    return f'<polyline class="{kind}" points="{points}"/>'
+def _curves(lives: list[Life], across: _Scale, up: _Scale, kind: str) -> list[str]:
+    """One line a life, from the point that it resumed at: where an earlier life had been."""
+    curves = []
+    losses: dict[int, float] = {}
+    for life in lives:
+        done = {event.step: event.loss for event in life.events if isinstance(event, StepDone)}
+        if life.first_step in losses:
+            done = {life.first_step: losses[life.first_step], **done}
+        points = " ".join(f"{across(step)},{up(loss)}" for step, loss in done.items())
+        curves.append(f'<polyline class="{kind}" points="{points}"/>')
+        losses |= done
+    return curves
 
 
 def _repeated(lives: list[Life], across: _Scale) -> list[str]:
