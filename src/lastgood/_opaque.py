@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from lastgood._storage_uses import StorageUse, StorageUses, location_of
+from lastgood._storage_uses import StorageUse, StorageUses, UnsavableStorageError, location_of
 from lastgood._torch_internals import untyped_storage_of
 from lastgood.errors import UnsupportedStateError
+from lastgood.format.index import element_span
 from lastgood.format.spec import (
     DTYPES,
     PICKLE_RECORD,
@@ -86,6 +87,8 @@ class OpaquePickler:
             pickler.dump(value)
         except UnsupportedStateError:
             raise
+        except UnsavableStorageError as error:
+            raise UnsupportedStateError(f"a tensor in the value at key {path!r} {error}", tensor=path) from None
         except Exception as error:
             place = f"the value at key {path!r}" if path else "the object to save"
             raise UnsupportedStateError(
@@ -112,12 +115,6 @@ class OpaquePickler:
         return tuple(parts)
 
     def _reduce(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.device.type == "meta":
-            raise UnsupportedStateError(
-                f"the value at key {self._path!r} holds a tensor on the meta device, which has no data to save; "
-                "nothing was written.",
-                tensor=self._path,
-            )
         reducer = copyreg.dispatch_table.get(type(value))
         reduction = reducer(value) if reducer is not None else value.__reduce_ex__(_PROTOCOL)
         if isinstance(reduction, tuple):
@@ -148,7 +145,8 @@ class OpaquePickler:
         elif dtype_name in _SUB_BYTE:
             self._uses.add_whole(storage, dtype_name)
         else:
-            self._uses.add_span(storage, dtype_name, itemsize, offset, tuple(size), tuple(stride), self._path)
+            span = element_span(tuple(size), tuple(stride))
+            self._uses.add_span(storage, dtype_name, itemsize, offset, span)
         return (_StoragePlace(storage, dtype_name), offset, *arguments[2:])
 
     def persistent_id(self, value: Any) -> Any:

@@ -1,33 +1,59 @@
 """Which bytes of which storages a state dict uses."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import msgspec
 import torch
 
-from lastgood.errors import UnsupportedStateError
-from lastgood.format.index import StorageEntry, element_span
+from lastgood._memory import address_of, bytes_at, copy_memory
+from lastgood.format.index import StorageEntry
 from lastgood.format.spec import DTYPES, UNTYPED
 
+_WITHOUT_BYTES = frozenset({"meta", "xla", "maia", "lazy"})
+"""Device types whose storages have no memory that could be copied."""
 
-class StorageUse:
+
+class UnsavableStorageError(Exception):
+    """Why a storage cannot be saved, as the end of a sentence that names its tensor."""
+
+
+class StorageUse(msgspec.Struct, gc=False):
     """The used span of one storage, in bytes from ``start`` up to ``end``, growing while the state is walked."""
 
-    __slots__ = ("dtype", "end", "number", "start", "storage")
-
-    def __init__(self, number: int, storage: torch.UntypedStorage, dtype: str) -> None:
-        self.number = number
-        self.storage = storage
-        self.dtype = dtype
-        self.start = self.end = -1
+    number: int
+    storage: Any
+    dtype: str
+    start: int = -1
+    end: int = -1
 
     @property
     def nbytes(self) -> int:
         """How many bytes will be saved."""
         return self.end - self.start
 
+    def copy_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes of the span from ``offset`` on."""
+        if self.storage.device.type == "cpu":
+            copy_memory(address_of(target), self.storage.data_ptr() + self.start + offset, len(target))
+            return
+        host = self._from_device(offset, len(target))
+        copy_memory(address_of(target), host.data_ptr(), len(target))
+
+    def to_bytes(self) -> bytes:
+        """A copy of all bytes of the span."""
+        if self.storage.device.type == "cpu":
+            return bytes_at(self.storage.data_ptr() + self.start, self.end - self.start)
+        return bytes_at(self._from_device(0, self.nbytes).data_ptr(), self.nbytes)
+
+    def _from_device(self, offset: int, size: int) -> torch.Tensor:
+        # Not yet run on a device: a blocking copy of just these bytes to the host.
+        view = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
+        return view[self.start + offset : self.start + offset + size].cpu()
+
     def entry(self) -> StorageEntry:
         """The storage's entry in the index."""
-        return StorageEntry(self.nbytes, self.dtype, location_of(self.storage))
+        return StorageEntry(self.end - self.start, self.dtype, location_of(self.storage))
 
 
 class StorageUses:
@@ -50,25 +76,21 @@ class StorageUses:
         dtype: str,
         itemsize: int,
         offset: int,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...],
-        path: str,
+        span: int,
     ) -> StorageUse:
-        """Note that a tensor uses part of ``storage``; offset, shape and stride count its elements."""
+        """Note that a tensor uses ``span`` elements of ``storage`` from element ``offset`` on."""
         use = self._use(storage, dtype)
-        span = element_span(shape, stride)
         if span == 0:
             return use
         start, end = offset * itemsize, (offset + span) * itemsize
         if end > storage.nbytes():
-            raise UnsupportedStateError(
-                f"the tensor at key {path!r} needs {end} bytes of a storage that was resized to {storage.nbytes()}; "
-                "nothing was written. If it is a sharded parameter, gather it before saving.",
-                tensor=path,
+            raise UnsavableStorageError(
+                f"needs {end} bytes of a storage that was resized to {storage.nbytes()}; nothing was written. "
+                "If it is a sharded parameter, gather it before saving."
             )
         if use.start < 0:
             use.start, use.end = start, end
-        else:
+        elif start < use.start or end > use.end:
             use.start, use.end = min(use.start, start), max(use.end, end)
         return use
 
@@ -81,6 +103,11 @@ class StorageUses:
     def _use(self, storage: torch.UntypedStorage, dtype: str) -> StorageUse:
         use = self._by_identity.get(id(storage))
         if use is None:
+            if storage.device.type in _WITHOUT_BYTES:
+                raise UnsavableStorageError(
+                    f"is on the device {storage.device}, which has no bytes to save; nothing was written. "
+                    "Move it to the CPU, or materialise it (for a module: module.to_empty(device=...)), first."
+                )
             use = self._by_identity[id(storage)] = StorageUse(len(self._by_identity), storage, dtype)
         elif use.dtype != dtype:
             use.dtype = UNTYPED

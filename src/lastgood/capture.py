@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from lastgood._memory import address_of, bytes_at, copy_memory
 from lastgood._opaque import OpaquePickler, type_name, warn_if_refused
-from lastgood._storage_uses import StorageUse, StorageUses
+from lastgood._storage_uses import StorageUse, StorageUses, UnsavableStorageError
 from lastgood.errors import UnsupportedStateError
 from lastgood.format.index import (
     BytearrayNode,
@@ -32,18 +31,24 @@ from lastgood.format.index import (
     StorageEntry,
     TensorNode,
     TupleNode,
+    element_span,
     encode_node,
+    join_path,
+    list_position,
     scalar_node,
 )
 from lastgood.format.pickle_writer import place_opaque_values
 from lastgood.format.spec import DTYPES, FORMAT_VERSION, MAX_INDEX_DEPTH
 from lastgood.format.stream import FileImage, make_image, native_byteorder
 
-_DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in DTYPES if hasattr(torch, name)}
+_DTYPES: dict[torch.dtype, tuple[str, int, bool]] = {
+    getattr(torch, name): (name, info.itemsize, name.startswith("complex"))
+    for name, info in DTYPES.items()
+    if hasattr(torch, name)
+}
+"""For each dtype that the index knows: its name, bytes an element, and whether it can carry a conjugate bit."""
+
 _SCALARS = frozenset({type(None), bool, int, float, str, bytes, bytearray, complex})
-_NAMED_TENSORS = hasattr(torch.Tensor, "has_names")
-_FOREIGN_MEMORY = frozenset({"xla", "maia"})
-"""Device types whose storages have no bytes to copy; torch pickles their tensors in its own way."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class CapturedState:
 
     index: Index
     pickle_bytes: bytes
-    extents: Sequence["StorageExtent"]
+    extents: Sequence[StorageUse]
 
     def image(self, *, save_id: str, rank: int, world_size: int, step: int | None, independent: bool) -> FileImage:
         """The file image of this state for one save."""
@@ -62,36 +67,6 @@ class CapturedState:
         self.index.step = step
         self.index.independent = independent
         return make_image(self.index, self.pickle_bytes, self.extents)
-
-
-class StorageExtent:
-    """The used span of one tensor storage, on whatever device it is."""
-
-    def __init__(self, use: StorageUse) -> None:
-        self.nbytes = use.nbytes
-        self._start = use.start
-        self._storage = use.storage
-        self._address = use.storage.data_ptr() + use.start if use.storage.device.type == "cpu" else None
-
-    def copy_into(self, offset: int, target: memoryview) -> None:
-        """Fill ``target`` with the extent's bytes from ``offset`` on."""
-        if self._address is not None:
-            copy_memory(address_of(target), self._address + offset, len(target))
-            return
-        # Not yet run on a device: a blocking copy of just these bytes to the host.
-        host = self._device_bytes(offset, len(target))
-        copy_memory(address_of(target), host.data_ptr(), len(target))
-
-    def to_bytes(self) -> bytes:
-        """A copy of all bytes."""
-        if self._address is not None:
-            return bytes_at(self._address, self.nbytes)
-        host = self._device_bytes(0, self.nbytes)
-        return bytes_at(host.data_ptr(), self.nbytes)
-
-    def _device_bytes(self, offset: int, size: int) -> torch.Tensor:
-        view = torch.empty(0, dtype=torch.uint8, device=self._storage.device).set_(self._storage)
-        return view[self._start + offset : self._start + offset + size].cpu()
 
 
 def capture(state: Any) -> CapturedState:
@@ -108,15 +83,18 @@ def capture(state: Any) -> CapturedState:
         root = walker.describe_opaque(state, "")
     uses = walker.uses
     uses.settle()
-    for node, use in walker.tensors:
+    starts = [use.start for use in uses]
+    for node in walker.tensors:
         # Offsets count from the first used byte of the storage; an empty tensor uses none.
-        start = use.start // DTYPES[node.dtype].itemsize
-        node.offset = node.offset - start if 0 not in node.shape else 0
+        if node.offset:
+            node.offset = (
+                node.offset - starts[node.storage] // DTYPES[node.dtype].itemsize if 0 not in node.shape else 0
+            )
     bodies = walker.opaque_bodies()
     index = _make_index(root, [use.entry() for use in uses])
     pickle_bytes = place_opaque_values(index, bodies)
     index.pickle_size = len(pickle_bytes)
-    return CapturedState(index, pickle_bytes, [StorageExtent(use) for use in uses])
+    return CapturedState(index, pickle_bytes, list(uses))
 
 
 def _make_index(root: Node, storages: list[StorageEntry]) -> Index:
@@ -166,7 +144,7 @@ class _Walker:
 
     def __init__(self, *, pickling: bool = True) -> None:
         self.uses = StorageUses()
-        self.tensors: list[tuple[TensorNode, StorageUse]] = []
+        self.tensors: list[TensorNode] = []
         self._numbers: dict[int, int] = {}
         self._open: set[int] = set()
         self.opaque: list[tuple[OpaqueNode, Any, str]] = []
@@ -191,8 +169,8 @@ class _Walker:
             return self._describe_container(value, path, depth)
         if kind is torch.Size:
             return SizeNode(tuple(value))
-        if kind is torch.dtype and value in _DTYPE_NAMES:
-            return DtypeNode(_DTYPE_NAMES[value])
+        if kind is torch.dtype and value in _DTYPES:
+            return DtypeNode(_DTYPES[value][0])
         if kind is torch.device:
             return DeviceNode(value.type, value.index)
         return self.describe_opaque(value, path)
@@ -216,54 +194,60 @@ class _Walker:
         elif kind is set:
             node = SetNode(sorted((scalar_node(item) for item in value), key=encode_node))
         else:
-            items = [self.describe(item, f"{path}[{number}]", depth + 1) for number, item in enumerate(value)]
+            items = [
+                self.describe(item, join_path(path, list_position(number)), depth + 1)
+                for number, item in enumerate(value)
+            ]
             node = ListNode(items) if kind is list else TupleNode(items)
         self._open.discard(id(value))
         return node
 
     def _describe_dict(self, value: dict[Any, Any], path: str, depth: int) -> Node:
-        if all(type(key) is str and key.isascii() for key in value):
-            prefix = f"{path}." if path else ""
-            return DictNode({key: self.describe(item, prefix + key, depth + 1) for key, item in value.items()})
-        return MapNode(self._pairs(value, path, depth))
+        if not all(type(key) is str and key.isascii() for key in value):
+            return MapNode(self._pairs(value, path, depth))
+        items: dict[str, Node] = {}
+        for key, item in value.items():
+            if type(item) is torch.Tensor:
+                items[key] = self._describe_tensor(item, path, key)
+            else:
+                items[key] = self.describe(item, join_path(path, key), depth + 1)
+        return DictNode(items)
 
     def _pairs(self, value: dict[Any, Any], path: str, depth: int) -> list[tuple[Node, Node]]:
-        prefix = f"{path}." if path else ""
         return [
-            (self.describe(key, path, depth + 1), self.describe(item, f"{prefix}{key}", depth + 1))
+            (self.describe(key, path, depth + 1), self.describe(item, join_path(path, key), depth + 1))
             for key, item in value.items()
         ]
 
-    def _describe_tensor(self, tensor: torch.Tensor, path: str) -> Node:
-        number = self._numbers.get(id(tensor))
+    def _describe_tensor(self, tensor: torch.Tensor, path: str, key: Any = None) -> Node:
+        """The node of the tensor under ``key`` of ``path``. Runs once a tensor: every attribute asked for costs."""
+        identity = id(tensor)
+        number = self._numbers.get(identity)
         if number is not None:
             return ReferenceNode(number)
-        device_type = tensor.device.type
-        if device_type == "meta":
-            raise meta_error(path)
-        dtype = _DTYPE_NAMES.get(tensor.dtype)
-        if (
-            dtype is None
-            or tensor.layout is not torch.strided
-            or tensor.is_quantized
-            or tensor.is_nested
-            or tensor.__dict__
-            or device_type in _FOREIGN_MEMORY
-            or (_NAMED_TENSORS and tensor.has_names())  # type: ignore[attr-defined]
-        ):
-            return self.describe_opaque(tensor, path)
-        self._numbers[id(tensor)] = len(self._numbers)
-        shape, stride, offset = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
-        use = self.uses.add_span(tensor.untyped_storage(), dtype, DTYPES[dtype].itemsize, offset, shape, stride, path)
+        dtype = _DTYPES.get(tensor.dtype)
+        plain = _plain_storage(tensor) if dtype is not None and not tensor.__dict__ else None
+        if dtype is None or plain is None:
+            return self.describe_opaque(tensor, join_path(path, key) if key is not None else path)
+        storage, stride = plain
+        self._numbers[identity] = len(self._numbers)
+        shape, offset = tuple(tensor.shape), int(tensor.storage_offset())
+        span = tensor.numel() if tensor.is_contiguous() else element_span(shape, stride)
+        name, itemsize, is_complex = dtype
+        try:
+            use = self.uses.add_span(storage, name, itemsize, offset, span)
+        except UnsavableStorageError as error:
+            place = join_path(path, key) if key is not None else path
+            raise UnsupportedStateError(f"the tensor at key {place!r} {error}", tensor=place) from None
         flags = "p" if type(tensor) is torch.nn.Parameter else ""
         if tensor.requires_grad:
             flags += "g"
-        if tensor.is_conj():
+        if is_complex and tensor.is_conj():
             flags += "c"
         if tensor.is_neg():
             flags += "n"
-        node = TensorNode(use.number, dtype, offset, shape, stride, flags)
-        self.tensors.append((node, use))
+        node = TensorNode(use.number, name, offset, shape, stride, flags)
+        self.tensors.append(node)
         return node
 
     def describe_opaque(self, value: Any, path: str) -> Node:
@@ -285,10 +269,9 @@ class _Walker:
         return b"".join(bodies)
 
 
-def meta_error(path: str) -> UnsupportedStateError:
-    """The error for a tensor without data."""
-    return UnsupportedStateError(
-        f"the tensor at key {path!r} is on the meta device and has no data to save; nothing was written. "
-        "Materialise it first (for a module: module.to_empty(device=...) and load its weights).",
-        tensor=path,
-    )
+def _plain_storage(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, tuple[int, ...]] | None:
+    """Storage and strides; ``None`` for sparse, nested and other tensors that are more than a view of one storage."""
+    try:
+        return tensor.untyped_storage(), tensor.stride()
+    except (RuntimeError, NotImplementedError):
+        return None

@@ -4,9 +4,11 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from lastgood.storage._direct_io import ALIGNMENT, address_of
+from lastgood._memory import address_of
+from lastgood.storage._direct_io import ALIGNMENT
 from lastgood.storage.file_ops import OsFileOps
 
 
@@ -108,3 +110,18 @@ def has_direct_io(directory: str) -> bool:
     finally:
         ops.unlink(path)
     return True
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+def descriptors_left_open(ops: RecordingFileOps) -> set[int]:
+    """Those opened through ``ops`` and never closed."""
+    still_open: set[int] = set()
+    for descriptor, path in ops.paths.items():
+        opened = sum(call.name.startswith("open_") and call.path == path for call in ops.calls)
+        closed = sum(call.name == "close" and call.path == path for call in ops.calls)
+        if closed < opened:
+            still_open.add(descriptor)
+    return still_open

@@ -19,8 +19,9 @@ from tests.storage.recording import (
     refuse_direct_when_used,
 )
 
+from lastgood._memory import address_of, copy_memory
 from lastgood.errors import StorageError
-from lastgood.storage._direct_io import ALIGNMENT, address_of, aligned_buffer, copy_memory, round_down, round_up
+from lastgood.storage._direct_io import ALIGNMENT, aligned_buffer, round_down, round_up
 from lastgood.storage.file_ops import OsFileOps
 from lastgood.storage.local import LocalStorage
 from lastgood.testing.storage_backend_tests import random_bytes

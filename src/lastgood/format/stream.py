@@ -21,7 +21,9 @@ from lastgood.format.spec import BLOCK_SIZE, PAGE_ALIGNED_FROM, TORCH_FORMAT_VER
 class Extent(Protocol):
     """The bytes of one storage record, wherever they are."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int:
+        """How many there are."""
 
     def copy_into(self, offset: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes from ``offset`` on."""

@@ -13,9 +13,10 @@ import secrets
 import threading
 
 from lastgood._events import logger
+from lastgood._memory import address_of
 from lastgood.errors import ConfigError, StorageError
 from lastgood.storage._descriptors import SharedDescriptors
-from lastgood.storage._direct_io import ALIGNMENT, address_of, round_down
+from lastgood.storage._direct_io import ALIGNMENT, round_down
 from lastgood.storage._local_errors import (
     UNTOUCHED,
     name_taken,

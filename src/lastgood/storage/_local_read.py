@@ -3,9 +3,10 @@
 import errno
 
 from lastgood._events import logger
+from lastgood._memory import address_of, copy_memory
 from lastgood.errors import ConfigError, CorruptCheckpointError, StorageError
 from lastgood.storage._descriptors import SharedDescriptors
-from lastgood.storage._direct_io import ALIGNMENT, address_of, aligned_buffer, copy_memory, round_down, round_up
+from lastgood.storage._direct_io import ALIGNMENT, aligned_buffer, round_down, round_up
 from lastgood.storage._local_errors import UNCHANGED, not_found, translated
 from lastgood.storage.file_ops import NOT_SUPPORTED, FileOps
 
