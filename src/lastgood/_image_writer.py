@@ -96,7 +96,7 @@ class _Transfer:
         self._buffer = self._free.get()
 
     def append(self, data: bytes) -> None:
-        """Take over a few bytes."""
+        """Take over bytes that are at hand."""
         end = self._filled + len(data)
         if end <= len(self._buffer):
             self._buffer[self._filled : end] = data

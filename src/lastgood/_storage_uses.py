@@ -24,6 +24,7 @@ class StorageUse(msgspec.Struct, gc=False):
     number: int
     storage: Any
     dtype: str
+    on_cpu: bool
     start: int = -1
     end: int = -1
 
@@ -34,7 +35,7 @@ class StorageUse(msgspec.Struct, gc=False):
 
     def copy_into(self, offset: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes of the span from ``offset`` on."""
-        if self.storage.device.type == "cpu":
+        if self.on_cpu:
             copy_memory(address_of(target), self.storage.data_ptr() + self.start + offset, len(target))
             return
         host = self._from_device(offset, len(target))
@@ -42,7 +43,7 @@ class StorageUse(msgspec.Struct, gc=False):
 
     def to_bytes(self) -> bytes:
         """A copy of all bytes of the span."""
-        if self.storage.device.type == "cpu":
+        if self.on_cpu:
             return bytes_at(self.storage.data_ptr() + self.start, self.end - self.start)
         return bytes_at(self._from_device(0, self.nbytes).data_ptr(), self.nbytes)
 
@@ -53,7 +54,8 @@ class StorageUse(msgspec.Struct, gc=False):
 
     def entry(self) -> StorageEntry:
         """The storage's entry in the index."""
-        return StorageEntry(self.end - self.start, self.dtype, location_of(self.storage))
+        location = "cpu" if self.on_cpu else location_of(self.storage)
+        return StorageEntry(self.end - self.start, self.dtype, location)
 
 
 class StorageUses:
@@ -79,7 +81,9 @@ class StorageUses:
         span: int,
     ) -> StorageUse:
         """Note that a tensor uses ``span`` elements of ``storage`` from element ``offset`` on."""
-        use = self._use(storage, dtype)
+        use = self._by_identity.get(id(storage))
+        if use is None or use.dtype != dtype:
+            use = self._use(storage, dtype)
         if span == 0:
             return use
         start, end = offset * itemsize, (offset + span) * itemsize
@@ -103,12 +107,15 @@ class StorageUses:
     def _use(self, storage: torch.UntypedStorage, dtype: str) -> StorageUse:
         use = self._by_identity.get(id(storage))
         if use is None:
-            if storage.device.type in _WITHOUT_BYTES:
+            device_type = storage.device.type
+            if device_type in _WITHOUT_BYTES:
                 raise UnsavableStorageError(
                     f"is on the device {storage.device}, which has no bytes to save; nothing was written. "
                     "Move it to the CPU, or materialise it (for a module: module.to_empty(device=...)), first."
                 )
-            use = self._by_identity[id(storage)] = StorageUse(len(self._by_identity), storage, dtype)
+            use = self._by_identity[id(storage)] = StorageUse(
+                len(self._by_identity), storage, dtype, device_type == "cpu"
+            )
         elif use.dtype != dtype:
             use.dtype = UNTYPED
         return use

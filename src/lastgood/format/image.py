@@ -5,6 +5,7 @@ follows from the records' names and sizes alone; the checksums are filled in as 
 written front to back in one pass. The zip format is that of PKWARE's APPNOTE.TXT 6.3.10, with zip64 where needed.
 """
 
+import functools
 import struct
 
 import msgspec
@@ -15,7 +16,6 @@ from lastgood.format.spec import (
     FORMAT_VERSION,
     INDEX_RECORD,
     PICKLE_RECORD,
-    SMALL_ALIGNMENT,
     STORAGE_RECORD_PREFIX,
     TRAILER_RECORD,
     VERSION_RECORD,
@@ -62,11 +62,6 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     def data_end(self) -> int:
         """The offset just after the data."""
         return self.data_offset + self.size
-
-    @property
-    def end(self) -> int:
-        """The offset just after the data descriptor."""
-        return self.data_end + (_DESCRIPTOR_64 if self.size >= LIMIT_32 else _DESCRIPTOR_32).size
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -126,32 +121,38 @@ def plan_layout(pickle_size: int, byteorder_size: int, storage_sizes: list[int],
 def _lay_out(names_and_sizes: list[tuple[str, int]]) -> Layout:
     records: list[Record] = []
     position = directory_size = 0
-    last = len(names_and_sizes) - 1
-    for number, (name, size) in enumerate(names_and_sizes):
-        # The trailer is found by its distance from the directory, and the directory follows it without a gap.
-        alignment = alignment_of(size) if number < last else SMALL_ALIGNMENT
-        extra = (20 if size >= LIMIT_32 else 0) + _EXTRA.size
-        earliest = position + _LOCAL_HEADER.size + len(name) + extra
-        data_offset = -(-earliest // alignment) * alignment
+    for name, size in names_and_sizes:
+        fixed_size = _LOCAL_HEADER.size + _EXTRA.size if size < LIMIT_32 else _LOCAL_HEADER.size + _EXTRA.size + 20
+        alignment = alignment_of(size)
+        data_offset = (position + fixed_size + len(name) + alignment - 1) & -alignment
         record = Record(name, size, position, data_offset)
         records.append(record)
-        directory_size += _CENTRAL_HEADER.size + len(name) + _central_extra_size(record)
-        position = record.end
+        directory_size += _CENTRAL_HEADER.size + len(name)
+        if size >= LIMIT_32 or position >= LIMIT_32:
+            directory_size += _central_extra_size(record)
+        position = data_offset + size + (_DESCRIPTOR_32.size if size < LIMIT_32 else _DESCRIPTOR_64.size)
     return Layout(records, position, position + directory_size + END_SIZE)
 
 
 def local_header(record: Record) -> bytes:
     """The bytes from the record's header to its data: header, name, zip64 sizes if needed, padding."""
-    large = record.size >= LIMIT_32
-    size = LIMIT_32 if large else record.size
     name = record.name.encode()
-    extra_length = record.data_offset - record.header_offset - _LOCAL_HEADER.size - len(name)
-    zip64 = struct.pack("<HHQQ", _ZIP64_ID, 16, record.size, record.size) if large else b""
-    padding = extra_length - len(zip64) - _EXTRA.size
-    header = _LOCAL_HEADER.pack(
-        b"PK\x03\x04", 45 if large else 20, _FLAGS, 0, 0, _DOS_DATE, 0, size, size, len(name), extra_length
+    extra_size = record.data_offset - record.header_offset - _LOCAL_HEADER.size - len(name)
+    before, after = _header_around_name(record.size, len(name), extra_size)
+    return before + name + after
+
+
+@functools.lru_cache(maxsize=4096)
+def _header_around_name(size: int, name_size: int, extra_size: int) -> tuple[bytes, bytes]:
+    large = size >= LIMIT_32
+    short_size = LIMIT_32 if large else size
+    zip64 = struct.pack("<HHQQ", _ZIP64_ID, 16, size, size) if large else b""
+    padding = extra_size - len(zip64) - _EXTRA.size
+    version = 45 if large else 20
+    before = _LOCAL_HEADER.pack(
+        b"PK\x03\x04", version, _FLAGS, 0, 0, _DOS_DATE, 0, short_size, short_size, name_size, extra_size
     )
-    return b"".join((header, name, zip64, _EXTRA.pack(_PADDING_ID, padding), bytes(padding)))
+    return before, b"".join((zip64, _EXTRA.pack(_PADDING_ID, padding), bytes(padding)))
 
 
 def data_descriptor(record: Record, crc: int) -> bytes:

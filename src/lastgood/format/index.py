@@ -72,9 +72,9 @@ class SetNode(_NodeStruct, tag="set"):
 
 
 class SizeNode(_NodeStruct, tag="size"):
-    """A torch.Size."""
+    """A torch.Size, which may hold negative numbers too."""
 
-    items: tuple[Count, ...]
+    items: tuple[int, ...]
 
 
 class IntNode(_NodeStruct, tag="int"):
@@ -181,6 +181,9 @@ NUMBERED = (TensorNode, DictNode, MapNode, OrderedDictNode, ListNode, SetNode, B
 _FLOAT_SIZES: dict[type, int] = {FloatNode: 8, ComplexNode: 16}
 
 
+CONTAINERS = (DictNode, MapNode, OrderedDictNode, ListNode, TupleNode, SetNode)
+
+
 class StorageEntry(_NodeStruct):
     """One storage record: its bytes, the dtype of the tensors on it, and the device tag it was saved from."""
 
@@ -240,38 +243,55 @@ def decode_index(data: bytes | memoryview) -> Index:
 
 def _check_nodes(index: Index) -> None:
     numbered = 0
+    check_tensor = _TensorCheck(index.storages)
     for node, depth in walk_nodes(index.root):
+        if type(node) is TensorNode:
+            check_tensor(node)
+            numbered += 1
+            continue
         if depth > MAX_INDEX_DEPTH:
             raise InvalidIndexError(f"nested more than {MAX_INDEX_DEPTH} deep")
-        if isinstance(node, TensorNode):
-            check_tensor(node, index.storages)
-        elif isinstance(node, ReferenceNode) and node.number >= numbered:
+        if isinstance(node, ReferenceNode) and node.number >= numbered:
             raise InvalidIndexError(f"a reference to object {node.number} before it was described")
-        elif isinstance(node, OpaqueNode):
+        if isinstance(node, OpaqueNode):
             if node.start + node.length > index.pickle_size or node.memo_size > node.length:
                 raise InvalidIndexError("an opaque value outside data.pkl")
             if max(node.storages, default=-1) >= len(index.storages):
                 raise InvalidIndexError("an opaque value on a storage that is not there")
-        elif isinstance(node, (FloatNode, ComplexNode)) and len(node.value) != _FLOAT_SIZES[type(node)]:
+        if isinstance(node, (FloatNode, ComplexNode)) and len(node.value) != _FLOAT_SIZES[type(node)]:
             raise InvalidIndexError("a float of the wrong size")
         if isinstance(node, NUMBERED):
             numbered += 1
 
 
-def check_tensor(node: TensorNode, storages: list[StorageEntry]) -> None:
-    """Raise :class:`InvalidIndexError` unless the tensor lies inside a storage of its own dtype."""
-    dtype = DTYPES.get(node.dtype)
-    if dtype is None:
-        raise InvalidIndexError(f"a tensor of unknown dtype {node.dtype!r}")
-    if node.storage >= len(storages):
-        raise InvalidIndexError(f"a tensor on storage {node.storage} of {len(storages)}")
-    if len(node.shape) != len(node.stride) or len(node.shape) > 64:
-        raise InvalidIndexError(f"a tensor of shape {node.shape} with strides {node.stride}")
-    entry = storages[node.storage]
-    if entry.dtype not in (node.dtype, UNTYPED):
-        raise InvalidIndexError(f"a {node.dtype} tensor on a {entry.dtype} storage")
-    if (node.offset + element_span(node.shape, node.stride)) * dtype.itemsize > entry.nbytes:
-        raise InvalidIndexError(f"a tensor that reaches beyond its storage of {entry.nbytes} bytes")
+class _TensorCheck:
+    """Raises :class:`InvalidIndexError` for a tensor that does not lie inside a storage of its own dtype."""
+
+    def __init__(self, storages: list[StorageEntry]) -> None:
+        self._storages = storages
+        self._forms: dict[tuple[Any, ...], tuple[int, int]] = {}
+
+    def __call__(self, node: TensorNode) -> None:
+        form = (node.dtype, node.shape, node.stride)
+        known = self._forms.get(form)
+        if known is None:
+            known = self._forms[form] = self._span_and_itemsize(node)
+        span, itemsize = known
+        if node.storage >= len(self._storages):
+            raise InvalidIndexError(f"a tensor on storage {node.storage} of {len(self._storages)}")
+        entry = self._storages[node.storage]
+        if entry.dtype != node.dtype and entry.dtype != UNTYPED:
+            raise InvalidIndexError(f"a {node.dtype} tensor on a {entry.dtype} storage")
+        if (node.offset + span) * itemsize > entry.nbytes:
+            raise InvalidIndexError(f"a tensor that reaches beyond its storage of {entry.nbytes} bytes")
+
+    def _span_and_itemsize(self, node: TensorNode) -> tuple[int, int]:
+        dtype = DTYPES.get(node.dtype)
+        if dtype is None:
+            raise InvalidIndexError(f"a tensor of unknown dtype {node.dtype!r}")
+        if len(node.shape) != len(node.stride):
+            raise InvalidIndexError(f"a tensor of shape {node.shape} with strides {node.stride}")
+        return element_span(node.shape, node.stride), dtype.itemsize
 
 
 def element_span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
@@ -300,11 +320,15 @@ def children(node: Node) -> Iterator[Node]:
 
 def walk_nodes(root: Node) -> Iterator[tuple[Node, int]]:
     """All nodes with their depth, a container before what it holds."""
-    stack: list[Iterator[Node]] = [iter((root,))]
+    yield root, 0
+    if not isinstance(root, CONTAINERS):
+        return
+    stack = [children(root)]
     while stack:
+        depth = len(stack)
         for node in stack[-1]:
-            yield node, len(stack) - 1
-            if isinstance(node, (DictNode, MapNode, OrderedDictNode, ListNode, TupleNode, SetNode)):
+            yield node, depth
+            if isinstance(node, CONTAINERS):
                 stack.append(children(node))
                 break
         else:
@@ -345,7 +369,11 @@ def join_path(path: str, key: Any) -> str:
     """The key path of what stands under ``key`` (or, in a list, at a position) of the container at ``path``."""
     if isinstance(key, _Position):
         return f"{path}[{int(key)}]"
-    return f"{path}.{key}" if path else str(key)
+    try:
+        shown = str(key)
+    except Exception:  # keys may be objects of any kind; Python itself refuses to print an int of 5,000 digits
+        shown = f"<{type(key).__name__}>"
+    return f"{path}.{shown}" if path else shown
 
 
 def pack_float(value: float) -> bytes:

@@ -7,6 +7,7 @@ are). A reader computes it again and compares: an index and a pickle that disagr
 import pickle
 import struct
 from collections.abc import Callable
+from typing import Any
 
 from lastgood.format.index import (
     NUMBERED,
@@ -76,8 +77,14 @@ def _opaque_memo_size(root: Node) -> int:
     return sum(node.memo_size for node, _ in walk_nodes(root) if isinstance(node, OpaqueNode))
 
 
+_CONSTANT_MEMOS = 256
+"""How many memo entries are kept for names that come again and again; further ones are written out each time."""
+
+
 class _PickleWriter:
-    """Emits pickle opcodes for nodes. Its memo numbers start where those of the opaque bodies end."""
+    """Emits pickle opcodes for nodes. Memo numbers: first those of the opaque bodies, then those of constants, then
+    one for each numbered object.
+    """
 
     def __init__(self, storages: list[StorageEntry], opaque_bodies: memoryview, first_memo: int) -> None:
         self.parts: list[bytes | memoryview] = []
@@ -85,10 +92,12 @@ class _PickleWriter:
         self._storages = storages
         self._bodies = opaque_bodies
         self._body_position = 0
-        self._next_memo = first_memo
+        self._first_memo = first_memo
+        self._first_numbered = first_memo + _CONSTANT_MEMOS
+        self._numbered = 0
         self._constants: dict[bytes, bytes] = {}
-        self._numbered_memos: list[int] = []
         self._int_tuples: dict[tuple[int, ...], bytes] = {}
+        self._forms: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
 
     def emit(self, node: Node) -> None:
         kind = type(node)
@@ -102,7 +111,7 @@ class _PickleWriter:
         elif isinstance(node, OpaqueNode):
             self._emit_opaque(node)
         elif isinstance(node, ReferenceNode):
-            self.parts.append(_get(self._numbered_memos[node.number]))
+            self.parts.append(_get(self._first_numbered + node.number))
         else:
             self.parts.append(self._scalar(node))
 
@@ -153,7 +162,10 @@ class _PickleWriter:
                 parts.append(_text(key.encode()))
             else:
                 self.emit(key)
-            self.emit(value)
+            if type(value) is TensorNode:
+                parts.append(self._tensor(value))
+            else:
+                self.emit(value)
         parts.append(pickle.SETITEMS)
 
     def _emit_tuple(self, node: TupleNode) -> None:
@@ -176,47 +188,65 @@ class _PickleWriter:
 
     def _tensor(self, node: TensorNode) -> bytes:
         entry = self._storages[node.storage]
+        form = (node.dtype, node.shape, node.stride, node.flags, node.offset, entry.nbytes, entry.dtype, entry.location)
+        known = self._forms.get(form)
+        if known is None:
+            encoded = self._tensor_parts(node, entry)
+            # What comes first brings constants that the same tensor form, coming again, refers to.
+            self._forms[form] = self._tensor_parts(node, entry)
+        else:
+            encoded = known
+        before, after = encoded
+        key = b"%d" % node.storage
+        return b"".join((before, pickle.BINUNICODE, _pack_u32(len(key)), key, after, self._put_numbered()))
+
+    def _tensor_parts(self, node: TensorNode, entry: StorageEntry) -> tuple[bytes, bytes]:
+        """The pickle of a tensor before and after its storage's key."""
         dtype = DTYPES[node.dtype]
         typed = entry.dtype == node.dtype and dtype.storage_class is not None
-        flags = node.flags
-        parameter = "p" in flags
-        # A Parameter is a call around its data; the data itself never requires grad.
-        requires_grad = pickle.NEWTRUE if "g" in flags else pickle.NEWFALSE
-        arguments = [
-            self._global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"),
+        parameter = "p" in node.flags
+        requires_grad = pickle.NEWTRUE if "g" in node.flags else pickle.NEWFALSE
+        # torch's _rebuild_tensor_v3 fails when asked for a tensor that requires grad: that is set afterwards instead.
+        grad_afterwards = not typed and not parameter and "g" in node.flags
+        before = []
+        if parameter:
+            before = [self._global("torch._utils", "_rebuild_parameter")]
+        elif grad_afterwards:
+            before = [self._global("torch._tensor", "_rebuild_from_type_v2"), pickle.MARK]
+        before.append(self._global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"))
+        if grad_afterwards:
+            before.append(self._global("torch", "Tensor"))
+        before += [
             pickle.MARK,
-            self._storage_reference(node.storage, entry, typed),
+            pickle.MARK,
+            self._constant(_text(b"storage")),
+            self._global("torch", str(dtype.storage_class))
+            if typed
+            else self._global("torch.storage", "UntypedStorage"),
+        ]
+        after = [
+            self._constant(_text(entry.location.encode())),
+            _integer(entry.nbytes // dtype.itemsize if typed else entry.nbytes),
+            pickle.TUPLE,
+            pickle.BINPERSID,
             _integer(node.offset),
             self._int_tuple(node.shape),
             self._int_tuple(node.stride),
-            pickle.NEWFALSE if parameter else requires_grad,
+            # A Parameter is a call around its data; the data itself never requires grad.
+            pickle.NEWFALSE if parameter or grad_afterwards else requires_grad,
             self._new_ordered_dict(),
         ]
         if not typed:
-            arguments.append(self._global("torch", node.dtype))
-        if "c" in flags or "n" in flags:
-            arguments.append(_view_bits(flags))
-        arguments += (pickle.TUPLE, pickle.REDUCE)
+            after.append(self._global("torch", node.dtype))
+        if "c" in node.flags or "n" in node.flags:
+            after.append(_view_bits(node.flags))
+        after.append(pickle.TUPLE)
+        if grad_afterwards:
+            after += (pickle.EMPTY_DICT, _text(b"requires_grad"), pickle.NEWTRUE, pickle.SETITEM, pickle.TUPLE)
+        after.append(pickle.REDUCE)
         if parameter:
-            arguments.insert(0, self._global("torch._utils", "_rebuild_parameter"))
-            arguments += (requires_grad, self._new_ordered_dict(), pickle.TUPLE3, pickle.REDUCE)
-        arguments.append(self._put_numbered())
-        return b"".join(arguments)
-
-    def _storage_reference(self, number: int, entry: StorageEntry, typed: bool) -> bytes:
-        if typed:
-            info = DTYPES[entry.dtype]
-            storage_class = self._global("torch", str(info.storage_class))
-            numel = entry.nbytes // info.itemsize
-        else:
-            storage_class = self._global("torch.storage", "UntypedStorage")
-            numel = entry.nbytes
-        name = self._constant(_text(b"storage"))
-        location = self._constant(_text(entry.location.encode()))
-        key = _text(b"%d" % number)
-        return b"".join(
-            (pickle.MARK, name, storage_class, key, location, _integer(numel), pickle.TUPLE, pickle.BINPERSID)
-        )
+            after += (requires_grad, self._new_ordered_dict(), pickle.TUPLE3, pickle.REDUCE)
+        return b"".join(before), b"".join(after)
 
     def _int_tuple(self, values: tuple[int, ...]) -> bytes:
         encoded = self._int_tuples.get(values)
@@ -283,18 +313,15 @@ class _PickleWriter:
         known = self._constants.get(encoded)
         if known is not None:
             return known
-        memo = self._take_memo()
+        memo = self._first_memo + len(self._constants)
+        if memo >= self._first_numbered:
+            return encoded
         self._constants[encoded] = _get(memo)
         return encoded + _put(memo)
 
     def _put_numbered(self) -> bytes:
-        memo = self._take_memo()
-        self._numbered_memos.append(memo)
-        return _put(memo)
-
-    def _take_memo(self) -> int:
-        self._next_memo += 1
-        return self._next_memo - 1
+        self._numbered += 1
+        return _put(self._first_numbered + self._numbered - 1)
 
 
 def _put(memo: int) -> bytes:

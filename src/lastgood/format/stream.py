@@ -36,7 +36,7 @@ class Pieces(Protocol):
     """Where the image goes: a window of memory that moves through the file."""
 
     def append(self, data: bytes) -> None:
-        """Take over a few bytes."""
+        """Take over bytes that are at hand."""
 
     def window(self, limit: int) -> memoryview:
         """Between 1 and ``limit`` bytes of writable memory at the current position."""
@@ -80,24 +80,28 @@ def stream_image(image: FileImage, pieces: Pieces) -> None:
     leading = (image.pickle_bytes, TORCH_FORMAT_VERSION, image.index.byteorder.encode())
     records = image.layout.records
     for record, data in zip(records[:3], leading, strict=True):
-        stream.small(record, data)
+        stream.whole(record, data)
     for record, extent in zip(image.layout.storages, image.extents, strict=True):
         if record.size < PAGE_ALIGNED_FROM:
             stream.small(record, extent.to_bytes())
         else:
             stream.large(record, extent)
-    stream.small(image.layout.index, image.index_bytes)
+    stream.whole(image.layout.index, image.index_bytes)
     index_crc = stream.crcs[-1]
     block_table = encode_block_table(stream.block_crcs)
-    stream.small(image.layout.blocks, block_table)
+    stream.whole(image.layout.blocks, block_table)
     trailer = pack_trailer(image.layout, index_crc, stream.crcs[-1], image.index.save_id)
-    stream.small(image.layout.trailer, trailer)
-    stream.bulk(directory(image.layout, stream.crcs))
+    stream.whole(image.layout.trailer, trailer)
+    pieces.append(directory(image.layout, stream.crcs))
 
 
 def encode_block_table(block_crcs: list[int]) -> bytes:
     """The data of the block record: each CRC-32 as four bytes, least significant first."""
     return b"".join(crc.to_bytes(4, "little") for crc in block_crcs)
+
+
+_GATHERED_PARTS = 3 * 64
+"""Small records are joined in memory 64 at a time, at most 4 MiB."""
 
 
 class _Stream:
@@ -107,19 +111,34 @@ class _Stream:
         self.crcs: list[int] = []
         self.block_crcs: list[int] = []
         self._pieces = pieces
+        self._gathered: list[bytes] = []
 
     def small(self, record: Record, data: bytes) -> None:
-        """A record whose data is at hand as bytes."""
-        if len(data) > BLOCK_SIZE:
-            blocks = [crc32(data[start : start + BLOCK_SIZE]) for start in range(0, len(data), BLOCK_SIZE)]
-        else:
-            blocks = [crc32(data)] if data else []
+        """A record of at most one block. There may be very many: they are passed on many at a time."""
+        crc = crc32(data)
+        self.crcs.append(crc)
+        if data:
+            self.block_crcs.append(crc)
+        self._gathered += (local_header(record), data, data_descriptor(record, crc))
+        if len(self._gathered) >= _GATHERED_PARTS:
+            self.pass_on()
+
+    def pass_on(self) -> None:
+        """Hand over what has been gathered; whoever writes anything else calls this first."""
+        self._pieces.append(b"".join(self._gathered))
+        self._gathered.clear()
+
+    def whole(self, record: Record, data: bytes) -> None:
+        """A record of any size whose data is at hand as bytes."""
+        blocks = [crc32(data[start : start + BLOCK_SIZE]) for start in range(0, len(data), BLOCK_SIZE)]
         crc = join_block_crcs(blocks, record.size)
-        self.bulk(b"".join((local_header(record), data, data_descriptor(record, crc))))
+        self._gathered += (local_header(record), data, data_descriptor(record, crc))
+        self.pass_on()
         self._finish(crc, blocks)
 
     def large(self, record: Record, extent: Extent) -> None:
         """A record whose data is copied block by block: each block's CRC is taken while it is in the cache."""
+        self.pass_on()
         pieces = self._pieces
         pieces.append(local_header(record))
         blocks: list[int] = []
@@ -135,18 +154,6 @@ class _Stream:
         crc = join_block_crcs(blocks, record.size)
         pieces.append(data_descriptor(record, crc))
         self._finish(crc, blocks)
-
-    def bulk(self, data: bytes) -> None:
-        """Bytes of any length."""
-        if len(data) <= PAGE_ALIGNED_FROM:
-            self._pieces.append(data)
-            return
-        view = memoryview(data)
-        while view:
-            window = self._pieces.window(len(view))
-            window[:] = view[: len(window)]
-            self._pieces.advance(len(window))
-            view = view[len(window) :]
 
     def _finish(self, crc: int, blocks: list[int]) -> None:
         self.crcs.append(crc)

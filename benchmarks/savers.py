@@ -1,0 +1,79 @@
+"""The ways to save that are compared. When one returns, the files that it names are durable."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import lastgood
+import torch
+from states import State
+
+Save = Callable[[State, str], list[str]]
+"""Saves a state under a path without suffix, and returns the files that it made."""
+
+
+def save_with_lastgood(state: State, base: str) -> list[str]:
+    """Durable, atomic and with checksums by itself."""
+    path = base + ".pt"
+    lastgood.save(state.tree, path)
+    return [path]
+
+
+def save_with_torch(state: State, base: str) -> list[str]:
+    """``torch.save``, then fsync of the file and its directory."""
+    path = base + ".pt"
+    torch.save(state.tree, path)
+    _fsync(path)
+    _fsync(os.path.dirname(path))
+    return [path]
+
+
+def save_with_safetensors(state: State, base: str) -> list[str]:
+    """The tensors alone, then fsync of the file and its directory."""
+    from safetensors.torch import save_file
+
+    path = base + ".safetensors"
+    save_file(state.flat, path)
+    _fsync(path)
+    _fsync(os.path.dirname(path))
+    return [path]
+
+
+def save_with_fastsafetensors(state: State, base: str) -> list[str]:
+    """The tensors alone, in 16 files as it does by default; fsyncs files and directory when asked to."""
+    from fastsafetensors import ParallelSaver
+
+    return list(ParallelSaver(fsync=True).save(state.flat, base))
+
+
+def _fsync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+LASTGOOD = "lastgood.save"
+TORCH = "torch.save + fsync"
+SAFETENSORS = "safetensors save_file + fsync"
+FASTSAFETENSORS = "fastsafetensors ParallelSaver(fsync=True)"
+
+_ALL: dict[str, tuple[Save, str]] = {
+    LASTGOOD: (save_with_lastgood, "lastgood"),
+    TORCH: (save_with_torch, "torch"),
+    SAFETENSORS: (save_with_safetensors, "safetensors"),
+    FASTSAFETENSORS: (save_with_fastsafetensors, "fastsafetensors"),
+}
+
+
+def available_savers() -> dict[str, Save]:
+    """Those whose library is installed, by name."""
+    return {name: save for name, (save, module) in _ALL.items() if importlib.util.find_spec(module)}
+
+
+def remove(paths: list[str]) -> None:
+    """Delete what a saver has made."""
+    for path in paths:
+        os.unlink(path)
+    paths.clear()

@@ -1,0 +1,85 @@
+"""Measuring contenders in turns, so that a slow minute of the machine hits all of them."""
+
+import ctypes
+import gc
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to be timed. Only ``run`` is inside of the timing."""
+
+    name: str
+    run: Callable[[], Any]
+    before: Callable[[], None] = lambda: None
+    check: Callable[[Any], None] = lambda result: None
+    """Looks at the result of the first, unmeasured run."""
+    after: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Samples:
+    """What one contender took, one entry a round."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+
+Results = dict[str, Samples]
+
+
+def measure_in_turns(what: str, contenders: Sequence[Contender], rounds: int) -> Results:
+    """Run every contender once unmeasured, checking its result, then ``rounds`` times: A B C A B C ..."""
+    results = {contender.name: Samples() for contender in contenders}
+    for number in range(rounds + 1):
+        for contender in contenders:
+            _progress(f"{what}: {f'round {number} of {rounds}' if number else 'warming up'}: {contender.name}")
+            contender.before()
+            _settle()
+            seconds, cpu_seconds, result = _timed(contender.run)
+            if number == 0:
+                contender.check(result)
+            else:
+                results[contender.name].seconds.append(seconds)
+                results[contender.name].cpu_seconds.append(cpu_seconds)
+            del result
+            contender.after()
+    _progress("")
+    return results
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
+    cpu_start, start = _cpu_seconds(), time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, _cpu_seconds() - cpu_start, result
+
+
+def _cpu_seconds() -> float:
+    """User and system time of this process and of the children that it has waited for."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _settle() -> None:
+    """The same start for everyone: no garbage, no memory kept by the allocator, no dirty pages of somebody else."""
+    release_memory()
+    os.sync()
+
+
+def release_memory() -> None:
+    """Collect garbage and give freed memory back to the system."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library alone
+    if trim is not None:
+        trim(0)
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
