@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import lastgood
 import savers
 import torch
 from states import State
+
+import lastgood
 
 Load = Callable[[list[str]], Any]
 """Loads the files that a saver has made into new memory; the result has the state's structure, or its flat one."""

@@ -9,7 +9,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def make_cold(paths: Sequence[str]) -> None:
-    """Drop the files from the page cache. Raises ``RuntimeError`` if the kernel keeps more than a few of their pages."""
+    """Drop the files from the page cache. Raises ``RuntimeError`` if the kernel keeps many of their pages."""
     for path in paths:
         descriptor = os.open(path, os.O_RDWR)
         try:

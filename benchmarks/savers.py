@@ -1,12 +1,12 @@
 """The ways to save that are compared. When one returns, the files that it names are durable."""
 
-import importlib.util
 import os
 from collections.abc import Callable
 
-import lastgood
 import torch
 from states import State
+
+import lastgood
 
 Save = Callable[[State, str], list[str]]
 """Saves a state under a path without suffix, and returns the files that it made."""
@@ -59,21 +59,15 @@ TORCH = "torch.save + fsync"
 SAFETENSORS = "safetensors save_file + fsync"
 FASTSAFETENSORS = "fastsafetensors ParallelSaver(fsync=True)"
 
-_ALL: dict[str, tuple[Save, str]] = {
-    LASTGOOD: (save_with_lastgood, "lastgood"),
-    TORCH: (save_with_torch, "torch"),
-    SAFETENSORS: (save_with_safetensors, "safetensors"),
-    FASTSAFETENSORS: (save_with_fastsafetensors, "fastsafetensors"),
+SAVERS: dict[str, Save] = {
+    LASTGOOD: save_with_lastgood,
+    TORCH: save_with_torch,
+    SAFETENSORS: save_with_safetensors,
+    FASTSAFETENSORS: save_with_fastsafetensors,
 }
 
 
-def available_savers() -> dict[str, Save]:
-    """Those whose library is installed, by name."""
-    return {name: save for name, (save, module) in _ALL.items() if importlib.util.find_spec(module)}
-
-
 def remove(paths: list[str]) -> None:
-    """Delete what a saver has made."""
-    for path in paths:
-        os.unlink(path)
-    paths.clear()
+    """Delete what a saver has made, and forget it."""
+    while paths:
+        os.unlink(paths.pop())

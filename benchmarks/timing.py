@@ -21,6 +21,8 @@ class Contender:
     check: Callable[[Any], None] = lambda result: None
     """Looks at the result of the first, unmeasured run."""
     after: Callable[[], None] = lambda: None
+    required: bool = False
+    """Whether its failure ends the whole run; otherwise it is left out, and said to be."""
 
 
 @dataclass
@@ -34,24 +36,42 @@ class Samples:
 Results = dict[str, Samples]
 
 
-def measure_in_turns(what: str, contenders: Sequence[Contender], rounds: int) -> Results:
-    """Run every contender once unmeasured, checking its result, then ``rounds`` times: A B C A B C ..."""
-    results = {contender.name: Samples() for contender in contenders}
-    for number in range(rounds + 1):
-        for contender in contenders:
-            _progress(f"{what}: {f'round {number} of {rounds}' if number else 'warming up'}: {contender.name}")
-            contender.before()
-            _settle()
-            seconds, cpu_seconds, result = _timed(contender.run)
-            if number == 0:
-                contender.check(result)
-            else:
-                results[contender.name].seconds.append(seconds)
-                results[contender.name].cpu_seconds.append(cpu_seconds)
-            del result
-            contender.after()
+def measure_in_turns(what: str, contenders: Sequence[Contender], rounds: int) -> tuple[Results, dict[str, str]]:
+    """Run every contender once unmeasured, checking its result, then ``rounds`` times: A B C A B C ...
+
+    Returns the samples, and for each contender that could not take part the reason.
+    """
+    left_out: dict[str, str] = {}
+    for contender in contenders:
+        _progress(f"{what}: warming up: {contender.name}")
+        try:
+            _run_once(contender, check=True)
+        except Exception as error:
+            if contender.required:
+                raise
+            left_out[contender.name] = f"{type(error).__name__}: {error}"
+    running = [contender for contender in contenders if contender.name not in left_out]
+    results = {contender.name: Samples() for contender in running}
+    for number in range(1, rounds + 1):
+        for contender in running:
+            _progress(f"{what}: round {number} of {rounds}: {contender.name}")
+            seconds, cpu_seconds = _run_once(contender, check=False)
+            results[contender.name].seconds.append(seconds)
+            results[contender.name].cpu_seconds.append(cpu_seconds)
     _progress("")
-    return results
+    return results, left_out
+
+
+def _run_once(contender: Contender, *, check: bool) -> tuple[float, float]:
+    contender.before()
+    _settle()
+    try:
+        seconds, cpu_seconds, result = _timed(contender.run)
+        if check:
+            contender.check(result)
+        return seconds, cpu_seconds
+    finally:
+        contender.after()
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, float, Any]:

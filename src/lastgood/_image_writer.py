@@ -10,10 +10,10 @@ import threading
 from collections.abc import Callable
 
 from lastgood import _events
-from lastgood._threads import call_with_timeout
 from lastgood.errors import StorageError
 from lastgood.format.stream import FileImage, stream_image
 from lastgood.storage._direct_io import aligned_buffer
+from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend, StreamedWrite
 
 PIECE_SIZE = 8 * 1024 * 1024
@@ -33,24 +33,16 @@ def write_durably(
 ) -> StreamedWrite:
     """Bring the image to storage; what comes back is durable and waits to be committed or aborted.
 
-    When this raises, nothing is left behind.
+    When this raises, nothing is left behind. Storage that does nothing for ``no_progress_timeout_secs`` is given up
+    with :class:`~lastgood.errors.StorageError`, here and in the calls on what comes back; and a call of ``abort``
+    there, after one of ``commit`` that went well, does nothing.
     """
-
-    def timed_out() -> StorageError:
-        return StorageError(
-            f"storage did not confirm within {no_progress_timeout_secs:g} s that {path} is durable; the write was "
-            "given up. Nothing was published; earlier checkpoints are untouched.",
-            path=path,
-            rank=rank,
-            phase="fsync",
-        )
-
-    upload = storage.begin(path, image.size)
+    upload = StorageInTime(storage, no_progress_timeout_secs).begin(path, image.size)
     try:
         with _events.phase("write", path, rank=rank, nbytes=image.size):
             write_image(image, upload, path, no_progress_timeout_secs=no_progress_timeout_secs)
         with _events.phase("fsync", path, rank=rank):
-            call_with_timeout(upload.make_durable, no_progress_timeout_secs, timed_out, name="fsync")
+            upload.make_durable()
     except BaseException:
         upload.abort()
         raise

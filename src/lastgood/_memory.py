@@ -1,6 +1,9 @@
 """Plain memory: addresses, views of them, and copies that let other threads run."""
 
+import contextlib
 import ctypes
+import gc
+from collections.abc import Iterator
 
 
 def memory_at(address: int, size: int) -> memoryview:
@@ -53,3 +56,15 @@ def copy_memory(target: int, source: int, nbytes: int) -> None:
 def bytes_at(address: int, size: int) -> bytes:
     """A copy of ``size`` bytes of memory."""
     return ctypes.string_at(address, size)
+
+
+@contextlib.contextmanager
+def paused_garbage_collection() -> Iterator[None]:
+    """For making very many objects without cycles: the collector would look at all of them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lastgood._storage_uses import StorageUse, StorageUses, UnsavableStorageError, location_of
+from lastgood._storage_uses import StorageUse, StorageUses, UnsavableStorageError, location_of, without_bytes
 from lastgood._torch_internals import untyped_storage_of
 from lastgood.errors import UnsupportedStateError
 from lastgood.format.index import element_span
@@ -115,6 +115,9 @@ class OpaquePickler:
         return tuple(parts)
 
     def _reduce(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.device.type == "meta":
+            # torch would write its shape and bring back a tensor without data: found out on the day of the restore.
+            raise UnsavableStorageError(without_bytes(value.device))
         reducer = copyreg.dispatch_table.get(type(value))
         reduction = reducer(value) if reducer is not None else value.__reduce_ex__(_PROTOCOL)
         if isinstance(reduction, tuple):
@@ -139,6 +142,12 @@ class OpaquePickler:
         dtype = next((part for part in arguments[4:] if isinstance(part, torch.dtype)), None)
         dtype_name = UNTYPED if dtype is not None else _dtype_name(arguments[0].dtype)
         itemsize = (dtype or arguments[0].dtype).itemsize
+        if dtype is not None and arguments[4] is True:
+            raise UnsupportedStateError(
+                f"the value at key {self._path!r} is or holds a tensor of {dtype} that requires grad and has attributes "
+                "or a class of its own, which torch cannot load again; nothing was written. Save its detach().",
+                tensor=self._path,
+            )
         if final:
             use = self._uses.find(storage)
             offset = 0 if 0 in size else offset - use.start // itemsize
@@ -167,10 +176,16 @@ class OpaquePickler:
                 tensor=self._path,
             )
         name = QUANTIZED_STORAGE_CLASSES.get(dtype) or (DTYPES[dtype].storage_class if dtype in DTYPES else None)
-        storage_class = getattr(torch, name or "UntypedStorage")
+        itemsize = getattr(torch, dtype).itemsize if name else 1
+        if (name is None and dtype != UNTYPED) or use.nbytes % itemsize:
+            raise UnsupportedStateError(
+                f"the value at key {self._path!r} keeps {use.nbytes} bytes as {dtype}, which torch cannot load again; "
+                "nothing was written. Save them as a tensor of another dtype, such as uint8.",
+                tensor=self._path,
+            )
         self._named.add(use.number)
-        numel = use.nbytes // (getattr(torch, dtype).itemsize if name else 1)
-        return ("storage", storage_class, str(use.number), location_of(use.storage), numel)
+        storage_class = getattr(torch, name or "UntypedStorage")
+        return ("storage", storage_class, str(use.number), location_of(use.storage), use.nbytes // itemsize)
 
 
 class _Pickler(pickle.Pickler):

@@ -23,7 +23,8 @@ def save(obj: Any, file: str | os.PathLike[str]) -> None:
     """
     path = _path_of(file)
     with _events.phase("save", path):
-        image = capture(obj).image(save_id=new_save_id(), rank=0, world_size=1, step=None, independent=False)
+        with _events.phase("capture", path):
+            image = capture(obj).image(save_id=new_save_id(), rank=0, world_size=1, step=None, independent=False)
         upload = write_durably(
             image, LocalStorage(), path, rank=None, no_progress_timeout_secs=_NO_PROGRESS_TIMEOUT_SECS
         )

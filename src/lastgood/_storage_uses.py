@@ -109,10 +109,7 @@ class StorageUses:
         if use is None:
             device_type = storage.device.type
             if device_type in _WITHOUT_BYTES:
-                raise UnsavableStorageError(
-                    f"is on the device {storage.device}, which has no bytes to save; nothing was written. "
-                    "Move it to the CPU, or materialise it (for a module: module.to_empty(device=...)), first."
-                )
+                raise UnsavableStorageError(without_bytes(storage.device))
             use = self._by_identity[id(storage)] = StorageUse(
                 len(self._by_identity), storage, dtype, device_type == "cpu"
             )
@@ -128,6 +125,14 @@ class StorageUses:
             if use.dtype == UNTYPED:
                 # Tensors of several dtypes count offsets in their own elements: start where all can.
                 use.start -= use.start % max(info.itemsize for info in DTYPES.values())
+
+
+def without_bytes(device: torch.device) -> str:
+    """Why what is on this device cannot be saved, as the end of a sentence that names its tensor."""
+    return (
+        f"is on the device {device}, which has no bytes to save; nothing was written. "
+        "Move it to the CPU, or materialise it (for a module: module.to_empty(device=...)), first."
+    )
 
 
 def location_of(storage: torch.UntypedStorage) -> str:

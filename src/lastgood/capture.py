@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lastgood._memory import paused_garbage_collection
 from lastgood._opaque import OpaquePickler, type_name, warn_if_refused
 from lastgood._storage_uses import StorageUse, StorageUses, UnsavableStorageError
 from lastgood.errors import UnsupportedStateError
@@ -66,7 +67,8 @@ class CapturedState:
         self.index.world_size = world_size
         self.index.step = step
         self.index.independent = independent
-        return make_image(self.index, self.pickle_bytes, self.extents)
+        with paused_garbage_collection():
+            return make_image(self.index, self.pickle_bytes, self.extents)
 
 
 def capture(state: Any) -> CapturedState:
@@ -75,6 +77,11 @@ def capture(state: Any) -> CapturedState:
     Raises :class:`~lastgood.errors.UnsupportedStateError` naming the key path of a value that cannot be saved.
     Warns, naming the key path, of a value that a safe load will refuse.
     """
+    with paused_garbage_collection():
+        return _capture(state)
+
+
+def _capture(state: Any) -> CapturedState:
     walker = _Walker()
     try:
         root = walker.describe(state, "", 0)
@@ -92,7 +99,7 @@ def capture(state: Any) -> CapturedState:
             )
     bodies = walker.opaque_bodies()
     index = _make_index(root, [use.entry() for use in uses])
-    pickle_bytes = place_opaque_values(index, bodies)
+    pickle_bytes = place_opaque_values(index, bodies, [node for node, _, _ in walker.opaque])
     index.pickle_size = len(pickle_bytes)
     return CapturedState(index, pickle_bytes, list(uses))
 
@@ -214,10 +221,11 @@ class _Walker:
         return DictNode(items)
 
     def _pairs(self, value: dict[Any, Any], path: str, depth: int) -> list[tuple[Node, Node]]:
-        return [
-            (self.describe(key, path, depth + 1), self.describe(item, join_path(path, key), depth + 1))
-            for key, item in value.items()
-        ]
+        pairs = []
+        for key, item in value.items():
+            place = join_path(path, key)
+            pairs.append((self.describe(key, place, depth + 1), self.describe(item, place, depth + 1)))
+        return pairs
 
     def _describe_tensor(self, tensor: torch.Tensor, path: str, key: Any = None) -> Node:
         """The node of the tensor under ``key`` of ``path``. Runs once a tensor: every attribute asked for costs."""

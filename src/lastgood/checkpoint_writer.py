@@ -2,7 +2,6 @@
 
 import abc
 import os
-import time
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -12,26 +11,15 @@ from lastgood._image_writer import new_save_id, write_durably
 from lastgood._threads import call_with_timeout
 from lastgood.barriers import Barrier
 from lastgood.capture import capture
-from lastgood.errors import (
-    BarrierTimeoutError,
-    CheckpointExistsError,
-    ConfigError,
-    CorruptCheckpointError,
-    UncommittedCheckpointError,
-)
-from lastgood.format.archive import open_archive
-from lastgood.format.manifest import (
-    MANIFEST_VERSION,
-    Manifest,
-    ManifestFile,
-    checkpoint_file,
-    encode_manifest,
-    manifest_file,
-)
-from lastgood.format.spec import crc32
+from lastgood.errors import BarrierTimeoutError, CheckpointExistsError, ConfigError
+from lastgood.format.commit import publish_manifest, refuse_committed, wait_for_manifest
+from lastgood.format.manifest import checkpoint_file, manifest_file
+from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend, StreamedWrite
 from lastgood.storage.local import LocalStorage
 from lastgood.types import STATE_DICT, RankInfo
+
+_LONGEST_TIMEOUT_SECS = 365 * 86400.0
 
 
 class WriterHook(abc.ABC):
@@ -68,9 +56,10 @@ class CheckpointWriter:
     """Writes one rank's part of checkpoints: durable, atomic, checked by checksums.
 
     Order of a write: the rank's bytes are durable, ``pre_commit``, the barrier (once), the commit, ``post_commit``.
-    With one rank, or several without a barrier, the commit is the publication of the rank's file; with a barrier it
-    is the manifest that rank 0 writes once all ranks have arrived. A failed write leaves earlier checkpoints as they
-    were.
+    With one rank, or several without a barrier, the commit is the publication of the rank's file. With several and a
+    barrier it is the manifest, which rank 0 writes once all ranks have arrived; their files stand under their names
+    before that, and are no checkpoint if it never comes. A failed write leaves earlier checkpoints as they were, and
+    tells the other ranks at once, where the barrier has a way to.
 
     Subclasses may replace :meth:`write`, with the arguments in either order, and need not call ``super().__init__``.
     """
@@ -86,6 +75,9 @@ class CheckpointWriter:
     ) -> None:
         if not 0 <= rank_info.global_rank < rank_info.global_world_size:
             raise ConfigError(f"rank {rank_info.global_rank} of {rank_info.global_world_size} cannot be")
+        for name in ("write_barrier_timeout_secs", "no_progress_timeout_secs"):
+            if not 0 < getattr(config, name) <= _LONGEST_TIMEOUT_SECS:
+                raise ConfigError(f"{name} is {getattr(config, name)!r}; it has to be above 0 s and at most a year")
         self._config = config
         self._rank_info = rank_info
         self._barrier = barrier
@@ -96,33 +88,27 @@ class CheckpointWriter:
         """Write ``state_dict`` to the directory ``path``; when this returns ``None``, the checkpoint is durable.
 
         ``kwargs`` reach the hooks; ``step``, if given and an int, is noted in the file as well. Raises
-        :class:`~lastgood.errors.CheckpointExistsError` before anything is written when several ranks save onto a
-        committed checkpoint, and :class:`~lastgood.errors.BarrierTimeoutError` when they do not all arrive.
+        :class:`~lastgood.errors.CheckpointExistsError` before anything is written when ``path`` holds a committed
+        checkpoint that this save cannot replace in one step (only one rank's can, by one rank's), and
+        :class:`~lastgood.errors.BarrierTimeoutError` when not all ranks arrive.
         """
-        rank = self._rank_info.global_rank
-        with _events.phase("save", path, rank=rank):
-            self._refuse_committed(path)
-            with _events.phase("capture", path, rank=rank):
-                step = kwargs.get("step")
-                image = capture(state_dict).image(
-                    save_id=new_save_id(),
-                    rank=rank,
-                    world_size=self._rank_info.global_world_size,
-                    step=step if isinstance(step, int) else None,
-                    independent=self._is_independent,
-                )
-            upload = write_durably(
-                image,
-                self._storage,
-                checkpoint_file(path, rank),
-                rank=rank,
-                no_progress_timeout_secs=self._config.no_progress_timeout_secs,
-            )
+        directory = _directory(path)
+        save_id = new_save_id()
+        with _events.phase("save", directory, rank=self._rank_info.global_rank):
             try:
-                self._commit(upload, path, kwargs)
+                upload = self._prepare(path, save_id, state_dict, kwargs)
+            except BaseException as error:
+                self._tell_others(error)
+                raise
+            try:
+                self._wait_for_others(directory)
+                self._commit(upload, directory, save_id)
             except BaseException:
                 upload.abort()
                 raise
+            if self._commit_hook is not None:
+                with _events.phase("post_commit", directory, rank=self._rank_info.global_rank):
+                    self._commit_hook.post_commit(path, **kwargs)
         return None
 
     @property
@@ -133,94 +119,87 @@ class CheckpointWriter:
     def _needs_manifest(self) -> bool:
         return self._rank_info.global_world_size > 1 and self._barrier is not None
 
-    def _refuse_committed(self, path: str) -> None:
-        """A committed checkpoint of several ranks is never written over; a single rank's file is, atomically."""
-        if self._storage.exists(manifest_file(path)):
-            raise CheckpointExistsError(
-                f"{path} already holds a committed checkpoint of several ranks; nothing was written and it is "
-                "untouched. Save to another path, or delete it first.",
-                path=path,
-                rank=self._rank_info.global_rank,
+    @property
+    def _storage_in_time(self) -> StorageBackend:
+        return StorageInTime(self._storage, self._config.no_progress_timeout_secs)
+
+    def _write_file(self, directory: str, save_id: str, state_dict: STATE_DICT, kwargs: dict[str, Any]) -> StreamedWrite:
+        rank, world_size = self._rank_info.global_rank, self._rank_info.global_world_size
+        refuse_committed(self._storage_in_time, directory, rank, world_size, independent=self._is_independent)
+        with _events.phase("capture", directory, rank=rank):
+            image = capture(state_dict).image(
+                save_id=save_id,
+                rank=rank,
+                world_size=world_size,
+                step=step if type(step) is int else None,
+                independent=self._is_independent,
             )
+        return write_durably(
+            image,
+            self._storage,
+            checkpoint_file(directory, rank),
+            rank=rank,
+            no_progress_timeout_secs=self._config.no_progress_timeout_secs,
+        )
 
-    def _commit(self, upload: StreamedWrite, path: str, kwargs: dict[str, Any]) -> None:
+    def _publish_file(self, upload: StreamedWrite, directory: str) -> None:
+        """Give this rank's file its name, which commits nothing: the manifest will."""
         rank = self._rank_info.global_rank
-        if self._needs_manifest:
-            # The file alone commits nothing: it may stand under its name before the others are ready.
+        if self._storage_in_time.exists(manifest_file(directory)):
+            raise CheckpointExistsError(
+                f"{directory} was committed by another job while rank {rank} was saving to it; that checkpoint is "
+                "untouched. Two jobs must not save to the same path: is one left over from before a restart?",
+                path=directory,
+                rank=rank,
+                phase="publish",
+            )
+        with _events.phase("publish", directory, rank=rank):
             upload.commit()
-        if self._commit_hook is not None:
-            with _events.phase("pre_commit", path, rank=rank):
-                self._commit_hook.pre_commit(path, **kwargs)
-        if self._barrier is not None:
-            self._wait_for_others(path, self._barrier)
-        with _events.phase("commit", path, rank=rank):
-            if not self._needs_manifest:
-                upload.commit()
-            elif rank == 0:
-                self._publish_manifest(path)
-            else:
-                self._wait_for_manifest(path)
-        if self._commit_hook is not None:
-            with _events.phase("post_commit", path, rank=rank):
-                self._commit_hook.post_commit(path, **kwargs)
 
-    def _wait_for_others(self, path: str, barrier: Barrier) -> None:
-        rank, timeout = self._rank_info.global_rank, self._config.write_barrier_timeout_secs
+    def _tell_others(self, error: BaseException) -> None:
+        # A barrier of the user's own may have nothing but execute_barrier.
+        abandon = getattr(self._barrier, "abandon", None)
+        if abandon is not None and self._rank_info.global_world_size > 1:
+            abandon(f"{type(error).__name__}: {error}")
+
+    def _wait_for_others(self, directory: str) -> None:
+        rank, timeout, barrier = self._rank_info.global_rank, self._config.write_barrier_timeout_secs, self._barrier
+        if barrier is None:
+            return
 
         def timed_out() -> BarrierTimeoutError:
             return BarrierTimeoutError(
-                f"rank {rank} waited {timeout:g} s at the barrier of the checkpoint {path} and not all of "
+                f"rank {rank} waited {timeout:g} s at the barrier of the checkpoint {directory} and not all of "
                 f"{self._rank_info.global_world_size} ranks came; the checkpoint is not committed, earlier ones are "
                 "untouched.",
-                path=path,
+                path=directory,
                 rank=rank,
                 phase="barrier",
             )
 
-        with _events.phase("barrier", path, rank=rank):
+        with _events.phase("barrier", directory, rank=rank):
             call_with_timeout(barrier.execute_barrier, timeout, timed_out, name="barrier")
 
-    def _publish_manifest(self, path: str) -> None:
-        files = [self._manifest_entry(path, rank) for rank in range(self._rank_info.global_world_size)]
-        manifest = Manifest(MANIFEST_VERSION, files[0].save_id, len(files), files)
-        self._storage.put_if_absent(manifest_file(path), encode_manifest(manifest))
-
-    def _manifest_entry(self, path: str, rank: int) -> ManifestFile:
-        name = checkpoint_file(path, rank)
-        file = self._storage.open(name)
-        try:
-            archive = open_archive(file)
-            if archive is None or archive.index.rank != rank:
-                raise CorruptCheckpointError(
-                    f"{name} is not the file that rank {rank} wrote; the checkpoint is not committed. Do all ranks "
-                    "write to the same directory?",
-                    path=name,
-                    rank=rank,
-                    phase="commit",
-                )
-            return ManifestFile(
-                rank, os.path.basename(name), file.size, crc32(archive.trailer_bytes), archive.index.save_id
-            )
-        finally:
-            file.close()
-
-    def _wait_for_manifest(self, path: str) -> None:
-        """Rank 0 has passed the barrier too and is writing it; until it is there, this save is not durable."""
-        timeout = self._config.write_barrier_timeout_secs
-        deadline = time.monotonic() + timeout
-        pause = 0.001
-        while not self._storage.exists(manifest_file(path)):
-            if time.monotonic() > deadline:
-                raise UncommittedCheckpointError(
-                    f"rank 0 did not publish {manifest_file(path)} within {timeout:g} s after the barrier; this rank's "
-                    "file is durable, but the checkpoint is not committed. See rank 0's error; earlier checkpoints are "
-                    "untouched.",
-                    path=path,
-                    rank=self._rank_info.global_rank,
-                    phase="commit",
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, 0.25)
+    def _commit(self, upload: StreamedWrite, directory: str, save_id: str) -> None:
+        rank, storage = self._rank_info.global_rank, self._storage_in_time
+        with _events.phase("commit", directory, rank=rank):
+            if not self._needs_manifest:
+                upload.commit()
+            elif rank == 0:
+                publish_manifest(storage, directory, self._rank_info.global_world_size, save_id)
+            else:
+                # Rank 0 has passed the barrier too. Until its manifest is there, this save is not durable.
+                timeout = self._config.write_barrier_timeout_secs
+                wait_for_manifest(storage, directory, rank, save_id, timeout)
 
     def close(self) -> None:
         """Release what the writer holds; the writer itself holds nothing between writes."""
+
+
+def _directory(path: str) -> str:
+    # Paths of pathlib are welcome too, though hooks get them as they are.
+    if isinstance(path, (str, os.PathLike)):
+        directory = os.fspath(path)
+        if isinstance(directory, str) and directory:
+            return directory
+    raise ConfigError(f"{path!r} is no path to save a checkpoint at: pass the name of a directory, as a string")

@@ -20,6 +20,7 @@ from lastgood._loading.values import (
     map_file,
     map_storages,
 )
+from lastgood._memory import paused_garbage_collection
 from lastgood.capture import describe_loaded
 from lastgood.errors import ConfigError, CorruptCheckpointError
 from lastgood.format.archive import Archive, corrupt, open_archive
@@ -49,7 +50,7 @@ def load_file(
     """
     if mmap and (target is not None or verify_first):
         raise ConfigError("mmap=True maps the file and reads nothing: it goes with neither a target nor verify_first")
-    with _events.phase("read", file.path, nbytes=file.size):
+    with _events.phase("read", file.path, nbytes=file.size), paused_garbage_collection():
         archive = open_archive(file)
         if archive is None:
             return _load_foreign(file, target, map_location, mmap=mmap, check=verify or verify_first)
@@ -96,20 +97,19 @@ def _no_opaque(node: OpaqueNode) -> Any:
 def _load_new(archive: Archive, map_location: MapLocation, *, check: bool) -> Any:
     root = archive.index.root
     pool = StoragePool(archive.index.storages, map_location)
-    nodes = [node for node, _ in walk_nodes(root) if isinstance(node, (TensorNode, OpaqueNode))]
-    opaque = _opaque_of(archive, nodes, pool, map_location, check=check)
-    requests = _ask(pool, nodes)
+    opaque = _opaque_of(archive, archive.opaque_nodes, pool, map_location, check=check)
+    requests = _ask(pool, archive.nodes)
     if check and not pool.without_data:
         read_whole(archive, requests)
     else:
         read_parts(archive, requests, check=False)
     pool.relocate()
-    return ValueBuilder(ObjectTable(root), pool.tensor, opaque).build(root)
+    return ValueBuilder(ObjectTable(archive.nodes), pool.tensor, opaque).build(root)
 
 
 def _ask(pool: StoragePool, nodes: list[Any]) -> list[Request]:
     for node in nodes:
-        if isinstance(node, TensorNode):
+        if type(node) is TensorNode:
             pool.ask(node)
     return pool.allocate()
 
@@ -117,16 +117,15 @@ def _ask(pool: StoragePool, nodes: list[Any]) -> list[Request]:
 def _map(archive: Archive, map_location: MapLocation) -> Any:
     index = archive.index
     pool = StoragePool(index.storages, map_location)
-    nodes = [node for node, _ in walk_nodes(index.root) if isinstance(node, OpaqueNode)]
     mapped = map_file(archive.file.path, archive.file.size)
     map_storages(index, mapped, [record.data_offset for record in archive.layout.storages], pool, map_location)
-    opaque = _opaque_of(archive, nodes, pool, map_location, check=True)
-    return ValueBuilder(ObjectTable(index.root), pool.tensor, opaque).build(index.root)
+    opaque = _opaque_of(archive, archive.opaque_nodes, pool, map_location, check=True)
+    return ValueBuilder(ObjectTable(archive.nodes), pool.tensor, opaque).build(index.root)
 
 
 def _load_into(archive: Archive, target: Any, map_location: MapLocation, *, check: bool) -> tuple[Any, list[str]]:
     index = archive.index
-    table = ObjectTable(index.root)
+    table = ObjectTable(archive.nodes)
     merge = Merge(table, archive.file.path)
     merge.plan(target, index.root)
     pool = StoragePool(index.storages, map_location)
@@ -219,7 +218,7 @@ def _load_foreign(
     loaded = load_foreign(file, map_location="cpu", mmap=True, check=check)
     described = describe_loaded(loaded)
     index: Index = described.index
-    table = ObjectTable(index.root)
+    table = ObjectTable([node for node, _ in walk_nodes(index.root)])
     merge = Merge(table, file.path)
     merge.plan(target, index.root)
     pool = StoragePool(index.storages, map_location)

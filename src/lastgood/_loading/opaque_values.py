@@ -15,7 +15,7 @@ from lastgood._torch_internals import untyped_storage_of
 from lastgood.errors import UnsafeCheckpointError
 from lastgood.format.archive import Archive, corrupt
 from lastgood.format.image import FIRST_STORAGE, LIMIT_32
-from lastgood.format.index import OpaqueNode, walk_nodes
+from lastgood.format.index import OpaqueNode
 from lastgood.format.pickle_writer import PROTOCOL
 from lastgood.format.read_plan import Request
 from lastgood.format.spec import (
@@ -50,7 +50,7 @@ def load_opaque_values(archive: Archive, map_location: MapLocation, *, check: bo
     They are loaded from a small archive made of their bodies and the storages that these name, so that values keep
     what they share and nothing else is read.
     """
-    nodes = [node for node, _ in walk_nodes(archive.index.root) if isinstance(node, OpaqueNode)]
+    nodes = archive.opaque_nodes
     numbers = sorted({number for node in nodes for number in node.storages})
     data = _read_records(archive, [0, *(FIRST_STORAGE + number for number in numbers)], check=check)
     pickle_bytes = data[0]

@@ -1,18 +1,27 @@
 """Reading an archive's bytes into memory: large parallel reads, each block checked right after it has come in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lastgood._memory import address_of, copy_memory, memory_at
 from lastgood._threads import run_all
 from lastgood.errors import CorruptCheckpointError, StorageError
 from lastgood.format.archive import Archive, corrupt
-from lastgood.format.index import InvalidIndexError, OpaqueNode, walk_nodes
+from lastgood.format.index import InvalidIndexError
 from lastgood.format.pickle_writer import encode_pickle
-from lastgood.format.read_plan import Outside, Part, Request, Run, plan_parts, plan_whole
+from lastgood.format.read_plan import (
+    DirectRead,
+    Part,
+    Read,
+    Request,
+    ScatterRead,
+    WholeRead,
+    plan_parts,
+    plan_whole,
+)
 from lastgood.format.spec import BLOCK_SIZE, crc32
 from lastgood.storage._direct_io import aligned_buffer
 
-READER_THREADS = 4
+READER_THREADS = 2
 NO_PROGRESS_TIMEOUT_SECS = 600.0
 
 
@@ -21,37 +30,42 @@ def read_parts(archive: Archive, requests: Sequence[Request], *, check: bool) ->
 
     Raises :class:`~lastgood.errors.CorruptCheckpointError` naming the damaged tensor.
     """
-    _execute(archive, plan_parts(archive.layout, requests, check=check), check=check)
+    _execute(archive, plan_parts(archive.layout, requests, check=check), {}, check=check)
 
 
 def read_whole(archive: Archive, requests: Sequence[Request]) -> None:
-    """Bring the requested records into memory, checking every byte of the file on the way.
+    """Bring the requested bytes into memory, checking every byte of the file on the way.
 
     What lies outside the records must be what their checksums and the layout predict, and the pickle must be the
     one that follows from the index.
     """
-    pickle_size = archive.index.pickle_size
-    pickle_bytes = bytearray(pickle_size)
-    view = memoryview(pickle_bytes)
-    pickle_request = Request(0, 0, pickle_size, address_of(view))
-    _execute(archive, plan_whole(archive.layout, [pickle_request, *requests]), check=True)
-    check_pickle(archive, view)
+    records = archive.layout.records
+    pickle_view = memoryview(bytearray(archive.index.pickle_size))
+    addresses = {0: address_of(pickle_view)}
+    others = []
+    for request in requests:
+        if request.start == 0 and request.end == records[request.record].size:
+            addresses[request.record] = request.address
+        else:
+            others.append(request)
+    _execute(archive, plan_whole(archive.layout, addresses), addresses, check=True)
+    check_pickle(archive, pickle_view)
+    read_parts(archive, others, check=True)
 
 
 def check_pickle(archive: Archive, pickle_bytes: memoryview) -> None:
     """Raise :class:`~lastgood.errors.CorruptCheckpointError` unless the pickle says just what the index says."""
-    index = archive.index
-    opaque = [node for node, _ in walk_nodes(index.root) if isinstance(node, OpaqueNode)]
+    opaque = archive.opaque_nodes
     bodies = b"".join(pickle_bytes[node.start : node.start + node.length] for node in opaque)
     try:
-        expected = encode_pickle(index, bodies)
+        expected = encode_pickle(archive.index, bodies, opaque)
     except InvalidIndexError as error:
         raise corrupt(archive.file.path, f"its index has no pickle: {error}") from error
     if expected != pickle_bytes:
         raise corrupt(archive.file.path, "its index and its data.pkl describe different states")
 
 
-def _execute(archive: Archive, runs: list[Run], *, check: bool) -> None:
+def _execute(archive: Archive, reads: list[Read], addresses: Mapping[int, int], *, check: bool) -> None:
     def timed_out() -> StorageError:
         path = archive.file.path
         return StorageError(
@@ -61,37 +75,61 @@ def _execute(archive: Archive, runs: list[Run], *, check: bool) -> None:
             phase="read",
         )
 
-    def run(task: Run) -> None:
-        _execute_run(archive, task, check=check)
+    def execute(read: Read) -> None:
+        if isinstance(read, DirectRead):
+            _read_direct(archive, read, check=check)
+        elif isinstance(read, ScatterRead):
+            _read_and_scatter(archive, read, check=check)
+        else:
+            _read_records(archive, read, addresses)
 
-    if len(runs) == 1:
-        run(runs[0])
-    elif runs:
-        run_all(runs, run, READER_THREADS, NO_PROGRESS_TIMEOUT_SECS, timed_out, name="read")
+    run_all(reads, execute, READER_THREADS, NO_PROGRESS_TIMEOUT_SECS, timed_out, name="read")
 
 
-def _execute_run(archive: Archive, run: Run, *, check: bool) -> None:
-    if run.direct:
-        part = run.parts[0]
-        view = memory_at(part.address, run.size)  # type: ignore[union-attr]
-        archive.file.read_into(run.offset, view)
-        if check:
-            _check_part(archive, part, view)  # type: ignore[arg-type]
-        return
-    scratch = aligned_buffer(run.size)
-    archive.file.read_into(run.offset, scratch)
+def _read_direct(archive: Archive, read: DirectRead, *, check: bool) -> None:
+    view = memory_at(read.part.address, read.size)
+    archive.file.read_into(read.offset, view)
+    if check:
+        _check_part(archive, read.part, view)
+
+
+def _read_and_scatter(archive: Archive, read: ScatterRead, *, check: bool) -> None:
+    scratch = aligned_buffer(read.size)
+    archive.file.read_into(read.offset, scratch)
     base = address_of(scratch)
-    records = archive.layout.records
-    for item in run.parts:
-        if isinstance(item, Outside):
-            _check_outside(archive, item, scratch[item.start - run.offset : item.end - run.offset])
-            continue
-        start = records[item.record].data_offset + item.start - run.offset
+    for part in read.parts:
+        start = archive.layout.records[part.record].data_offset + part.start - read.offset
         if check:
-            _check_part(archive, item, scratch[start : start + item.end - item.start])
-        if item.address:
-            copied = start + item.copy_start - item.start
-            copy_memory(item.address, base + copied, item.copy_end - item.copy_start)
+            _check_part(archive, part, scratch[start : start + part.end - part.start])
+        if part.address:
+            copied = start + part.copy_start - part.start
+            copy_memory(part.address, base + copied, part.copy_end - part.copy_start)
+
+
+def _read_records(archive: Archive, read: WholeRead, addresses: Mapping[int, int]) -> None:
+    """Check and copy many small records at once, and compare all that stands between them."""
+    scratch = aligned_buffer(read.size)
+    archive.file.read_into(read.offset, scratch)
+    base = address_of(scratch)
+    layout = archive.layout
+    expected: list[bytes | memoryview] = []
+    for number in range(read.first, read.last):
+        record = layout.records[number]
+        start = record.data_offset - read.offset
+        data = scratch[start : start + record.size]
+        expected += (archive.outside_bytes(number), data)
+        if crc32(data) != archive.record_crcs[number]:
+            raise _damaged(archive, number, 0, record.size)
+        address = addresses.get(number)
+        if address:
+            copy_memory(address, base + start, record.size)
+    if read.offset + read.size == layout.outside_span(read.last)[1]:
+        expected.append(archive.outside_bytes(read.last))
+    if b"".join(expected) != scratch:
+        raise corrupt(
+            archive.file.path,
+            f"the zip structure in the bytes {read.offset} to {read.offset + read.size} is not as written",
+        )
 
 
 def _check_part(archive: Archive, part: Part, data: memoryview) -> None:
@@ -99,23 +137,18 @@ def _check_part(archive: Archive, part: Part, data: memoryview) -> None:
     number = archive.first_blocks[part.record] + part.start // BLOCK_SIZE
     for start in range(0, len(data), BLOCK_SIZE):
         if crc32(data[start : start + BLOCK_SIZE]) != archive.block_crcs[number]:
-            what, tensor = archive.describe_record(part.record)
-            where = archive.layout.records[part.record].data_offset + part.start + start
-            raise corrupt(
-                archive.file.path,
-                f"{what} does not match its checksum between the bytes {where} and {where + BLOCK_SIZE} of the file",
-                tensor=tensor,
-            )
+            raise _damaged(archive, part.record, part.start + start, part.start + start + BLOCK_SIZE)
         number += 1
 
 
-def _check_outside(archive: Archive, item: Outside, found: memoryview) -> None:
-    start, _ = archive.layout.outside_span(item.number)
-    expected = archive.outside_bytes(item.number)[item.start - start : item.end - start]
-    if found != expected:
-        raise corrupt(
-            archive.file.path, f"the zip structure between the bytes {item.start} and {item.end} is not as written"
-        )
+def _damaged(archive: Archive, number: int, start: int, end: int) -> CorruptCheckpointError:
+    what, tensor = archive.describe_record(number)
+    base = archive.layout.records[number].data_offset
+    return corrupt(
+        archive.file.path,
+        f"{what} does not match its checksum between the bytes {base + start} and {base + end} of the file",
+        tensor=tensor,
+    )
 
 
 def with_undefined_targets(error: CorruptCheckpointError, targets: Sequence[str]) -> CorruptCheckpointError:

@@ -1,10 +1,12 @@
 """From the index back to values: memory for storages, tensors on them, and the structure around."""
 
+import functools
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import torch
 
 from lastgood._torch_internals import negative_view
@@ -67,17 +69,15 @@ def map_file(path: str, size: int) -> torch.UntypedStorage:
     return torch.UntypedStorage.from_file(path, False, size)  # type: ignore[return-value]
 
 
-class _Holding:
+class _Holding(msgspec.Struct, gc=False):
     """The part of one storage that will be in memory, and what was made for it."""
 
-    __slots__ = ("end", "node", "start", "storage", "tensor", "users")
-
-    def __init__(self, node: TensorNode) -> None:
-        self.node = node
-        self.users = 0
-        self.start = self.end = 0
-        self.storage: torch.UntypedStorage | None = None
-        self.tensor: torch.Tensor | None = None
+    node: TensorNode
+    users: int = 0
+    start: int = 0
+    end: int = 0
+    storage: Any = None
+    tensor: Any = None
 
 
 class StoragePool:
@@ -164,6 +164,7 @@ def byte_range(node: TensorNode) -> tuple[int, int]:
     return (node.offset * itemsize, (node.offset + span) * itemsize) if span else (0, 0)
 
 
+@functools.lru_cache(maxsize=4096)
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides, in elements, of a contiguous tensor of this shape."""
     strides, step = [], 1
@@ -216,8 +217,8 @@ def relocated(storage: torch.UntypedStorage, location: str, map_location: MapLoc
 class ObjectTable:
     """The objects of an index by number, so that what was one object when it was saved is one object again."""
 
-    def __init__(self, root: Node) -> None:
-        nodes = [node for node, _ in walk_nodes(root)]
+    def __init__(self, nodes: list[Node]) -> None:
+        """``nodes``: all of the index, a container before what it holds."""
         self._shared = any(isinstance(node, ReferenceNode) for node in nodes)
         self._nodes: list[Node] = [node for node in nodes if isinstance(node, NUMBERED)] if self._shared else []
         self._made: dict[int, Any] = {}

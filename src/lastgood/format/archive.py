@@ -18,7 +18,16 @@ from lastgood.format.image import (
     parse_trailer,
     plan_layout,
 )
-from lastgood.format.index import Index, InvalidIndexError, TensorNode, decode_index, walk_paths
+from lastgood.format.index import (
+    Index,
+    InvalidIndexError,
+    Node,
+    OpaqueNode,
+    TensorNode,
+    decode_index,
+    walk_nodes,
+    walk_paths,
+)
 from lastgood.format.spec import FORMAT_VERSION, INDEX_RECORD, STORAGE_RECORD_PREFIX, block_count, crc32
 from lastgood.format.stream import join_block_crcs
 from lastgood.storage.base import StoredFile
@@ -36,6 +45,16 @@ class Archive:
     index: Index
     layout: Layout
     block_crcs: "array[int]"
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """All nodes of the index, a container before what it holds."""
+        return [node for node, _ in walk_nodes(self.index.root)]
+
+    @cached_property
+    def opaque_nodes(self) -> list[OpaqueNode]:
+        """The nodes whose values only the pickle describes, in the order of their bodies there."""
+        return [node for node in self.nodes if isinstance(node, OpaqueNode)]
 
     @cached_property
     def first_blocks(self) -> list[int]:

@@ -4,6 +4,7 @@ A value of the state dict is described by a *node*. ``None``, ``bool``, ``int``,
 for themselves in JSON; everything else is an array whose first item names the kind. docs/format.md lists them.
 """
 
+import functools
 import math
 import struct
 from collections.abc import Iterator
@@ -243,10 +244,10 @@ def decode_index(data: bytes | memoryview) -> Index:
 
 def _check_nodes(index: Index) -> None:
     numbered = 0
-    check_tensor = _TensorCheck(index.storages)
+    storages = index.storages
     for node, depth in walk_nodes(index.root):
         if type(node) is TensorNode:
-            check_tensor(node)
+            _check_tensor(node, storages)
             numbered += 1
             continue
         if depth > MAX_INDEX_DEPTH:
@@ -264,36 +265,23 @@ def _check_nodes(index: Index) -> None:
             numbered += 1
 
 
-class _TensorCheck:
-    """Raises :class:`InvalidIndexError` for a tensor that does not lie inside a storage of its own dtype."""
-
-    def __init__(self, storages: list[StorageEntry]) -> None:
-        self._storages = storages
-        self._forms: dict[tuple[Any, ...], tuple[int, int]] = {}
-
-    def __call__(self, node: TensorNode) -> None:
-        form = (node.dtype, node.shape, node.stride)
-        known = self._forms.get(form)
-        if known is None:
-            known = self._forms[form] = self._span_and_itemsize(node)
-        span, itemsize = known
-        if node.storage >= len(self._storages):
-            raise InvalidIndexError(f"a tensor on storage {node.storage} of {len(self._storages)}")
-        entry = self._storages[node.storage]
-        if entry.dtype != node.dtype and entry.dtype != UNTYPED:
-            raise InvalidIndexError(f"a {node.dtype} tensor on a {entry.dtype} storage")
-        if (node.offset + span) * itemsize > entry.nbytes:
-            raise InvalidIndexError(f"a tensor that reaches beyond its storage of {entry.nbytes} bytes")
-
-    def _span_and_itemsize(self, node: TensorNode) -> tuple[int, int]:
-        dtype = DTYPES.get(node.dtype)
-        if dtype is None:
-            raise InvalidIndexError(f"a tensor of unknown dtype {node.dtype!r}")
-        if len(node.shape) != len(node.stride):
-            raise InvalidIndexError(f"a tensor of shape {node.shape} with strides {node.stride}")
-        return element_span(node.shape, node.stride), dtype.itemsize
+def _check_tensor(node: TensorNode, storages: list[StorageEntry]) -> None:
+    """Raise :class:`InvalidIndexError` unless the tensor lies inside a storage of its own dtype."""
+    dtype = DTYPES.get(node.dtype)
+    if dtype is None:
+        raise InvalidIndexError(f"a tensor of unknown dtype {node.dtype!r}")
+    if node.storage >= len(storages):
+        raise InvalidIndexError(f"a tensor on storage {node.storage} of {len(storages)}")
+    if len(node.shape) != len(node.stride):
+        raise InvalidIndexError(f"a tensor of shape {node.shape} with strides {node.stride}")
+    entry = storages[node.storage]
+    if entry.dtype != node.dtype and entry.dtype != UNTYPED:
+        raise InvalidIndexError(f"a {node.dtype} tensor on a {entry.dtype} storage")
+    if (node.offset + element_span(node.shape, node.stride)) * dtype.itemsize > entry.nbytes:
+        raise InvalidIndexError(f"a tensor that reaches beyond its storage of {entry.nbytes} bytes")
 
 
+@functools.lru_cache(maxsize=4096)
 def element_span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from the first to the last one used, both included; 0 for an empty tensor."""
     span = 1

@@ -4,9 +4,10 @@ The pickle is a function of the index alone (and of the bodies of its opaque val
 are). A reader computes it again and compares: an index and a pickle that disagree are found out.
 """
 
+import itertools
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from lastgood.format.index import (
@@ -34,7 +35,6 @@ from lastgood.format.index import (
     TextNode,
     TupleNode,
     unpack_floats,
-    walk_nodes,
 )
 from lastgood.format.spec import DTYPES
 
@@ -47,34 +47,26 @@ _pack_double = struct.Struct(">d").pack
 _TUPLE_ENDINGS = {0: pickle.EMPTY_TUPLE, 1: pickle.TUPLE1, 2: pickle.TUPLE2, 3: pickle.TUPLE3}
 
 
-def encode_pickle(index: Index, opaque_bodies: bytes | memoryview) -> bytes:
-    """The bytes of data.pkl. ``opaque_bodies`` holds all opaque bodies end to end, in the order of the index.
+def encode_pickle(index: Index, opaque_bodies: bytes | memoryview, opaque: Sequence[OpaqueNode]) -> bytes:
+    """The bytes of data.pkl. ``opaque_bodies`` holds the bodies of the ``opaque`` nodes end to end, in the index's order.
 
     ``OpaqueNode.start`` is not looked at: it follows from where the bodies come to stand (see
     :func:`place_opaque_values`). Raises :class:`InvalidIndexError` for a node that has no pickle.
     """
-    writer = _PickleWriter(index.storages, memoryview(opaque_bodies), _opaque_memo_size(index.root))
+    writer = _PickleWriter(index.storages, memoryview(opaque_bodies), opaque)
     writer.emit(index.root)
     return b"".join([PROTOCOL, *writer.parts, pickle.STOP])
 
 
-def place_opaque_values(index: Index, opaque_bodies: bytes) -> bytes:
+def place_opaque_values(index: Index, opaque_bodies: bytes, opaque: Sequence[OpaqueNode]) -> bytes:
     """:func:`encode_pickle`, setting ``start`` of every opaque node to where its body came to stand."""
-    writer = _PickleWriter(index.storages, memoryview(opaque_bodies), _opaque_memo_size(index.root))
-    placed: list[tuple[OpaqueNode, int]] = []
-    writer.on_opaque = lambda node: placed.append((node, len(writer.parts)))
+    writer = _PickleWriter(index.storages, memoryview(opaque_bodies), opaque)
     writer.emit(index.root)
-    starts, position = [], len(PROTOCOL)
-    for part in writer.parts:
-        starts.append(position)
-        position += len(part)
-    for node, part_number in placed:
-        node.start = starts[part_number]
+    if opaque:
+        starts = list(itertools.accumulate(map(len, writer.parts), initial=len(PROTOCOL)))
+        for node, part_number in zip(opaque, writer.opaque_parts, strict=True):
+            node.start = starts[part_number]
     return b"".join([PROTOCOL, *writer.parts, pickle.STOP])
-
-
-def _opaque_memo_size(root: Node) -> int:
-    return sum(node.memo_size for node, _ in walk_nodes(root) if isinstance(node, OpaqueNode))
 
 
 _CONSTANT_MEMOS = 256
@@ -86,14 +78,14 @@ class _PickleWriter:
     one for each numbered object.
     """
 
-    def __init__(self, storages: list[StorageEntry], opaque_bodies: memoryview, first_memo: int) -> None:
+    def __init__(self, storages: list[StorageEntry], opaque_bodies: memoryview, opaque: Sequence[OpaqueNode]) -> None:
         self.parts: list[bytes | memoryview] = []
-        self.on_opaque: Callable[[OpaqueNode], None] = lambda node: None
+        self.opaque_parts: list[int] = []
         self._storages = storages
         self._bodies = opaque_bodies
         self._body_position = 0
-        self._first_memo = first_memo
-        self._first_numbered = first_memo + _CONSTANT_MEMOS
+        self._first_memo = sum(node.memo_size for node in opaque)
+        self._first_numbered = self._first_memo + _CONSTANT_MEMOS
         self._numbered = 0
         self._constants: dict[bytes, bytes] = {}
         self._int_tuples: dict[tuple[int, ...], bytes] = {}
@@ -177,7 +169,7 @@ class _PickleWriter:
         self.parts.append(_TUPLE_ENDINGS.get(length, pickle.TUPLE))
 
     def _emit_opaque(self, node: OpaqueNode) -> None:
-        self.on_opaque(node)
+        self.opaque_parts.append(len(self.parts))
         end = self._body_position + node.length
         if end > len(self._bodies):
             raise InvalidIndexError("opaque values longer than data.pkl")

@@ -1,0 +1,161 @@
+"""What makes files a checkpoint, and what must not be written over.
+
+A file that one rank wrote alone (or independently of the others) commits itself: it is whole or absent. The files of
+several ranks are a checkpoint once the manifest names them all.
+"""
+
+import os
+import time
+from contextlib import closing
+
+from lastgood.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    StorageError,
+    UncommittedCheckpointError,
+)
+from lastgood.format.identity import read_identity
+from lastgood.format.manifest import (
+    MANIFEST_VERSION,
+    MAX_MANIFEST_SIZE,
+    InvalidManifestError,
+    Manifest,
+    ManifestFile,
+    checkpoint_file,
+    decode_manifest,
+    encode_manifest,
+    manifest_file,
+)
+from lastgood.storage.base import StorageBackend
+
+_LONGEST_PAUSE_SECS = 0.25
+
+
+def refuse_committed(storage: StorageBackend, path: str, rank: int, world_size: int, *, independent: bool) -> None:
+    """Raise :class:`~lastgood.errors.CheckpointExistsError` if this save cannot replace what ``path`` holds.
+
+    One rank's file is replaced in one step, and so is one of several independent ones by its successor. A checkpoint
+    of several ranks cannot be, nor can several ranks, or another number of them, replace anything committed. What was
+    never committed may be written over.
+    """
+    obstacle = "the committed checkpoint of several ranks" if storage.exists(manifest_file(path)) else None
+    if obstacle is None:
+        # The file of rank 0 too: it tells all ranks of a save the same.
+        for name in dict.fromkeys((checkpoint_file(path, 0), checkpoint_file(path, rank))):
+            obstacle = obstacle or _committed_by_itself(storage, name, world_size, independent=independent)
+    if obstacle is not None:
+        ranks = "one rank" if world_size == 1 else f"{world_size} ranks"
+        raise CheckpointExistsError(
+            f"{path} already holds {obstacle}, which a save of {ranks} cannot replace in one step; nothing was "
+            "written and it is untouched. Save to another path, or delete it first.",
+            path=path,
+            rank=rank,
+            phase="begin",
+        )
+
+
+def _committed_by_itself(storage: StorageBackend, name: str, world_size: int, *, independent: bool) -> str | None:
+    """What the file is, if it must not be replaced; ``None`` if it may, or is not there."""
+    alone = world_size == 1
+    try:
+        with closing(storage.open(name)) as file:
+            identity = read_identity(file)
+    except CheckpointNotFoundError:
+        return None
+    except CorruptCheckpointError:
+        return None if alone else f"a damaged file ({os.path.basename(name)})"
+    except StorageError:
+        if alone:
+            # What cannot even be read is no reason not to save; whether it can be replaced will be seen.
+            return None
+        raise
+    if identity is None:
+        return None if alone else f"a file that lastgood did not write ({os.path.basename(name)})"
+    if identity.world_size > 1 and not identity.independent:
+        return None  # without a manifest: left behind by a save that never finished
+    if (identity.world_size, identity.independent) == (world_size, independent):
+        return None
+    if identity.independent:
+        return f"independent files of {identity.world_size} ranks"
+    return "the committed checkpoint of one rank"
+
+
+def publish_manifest(storage: StorageBackend, path: str, world_size: int, save_id: str) -> None:
+    """Commit the checkpoint at ``path``; call it once every rank's file is durable under its name.
+
+    ``save_id`` is that of rank 0's file, which publishes. Never replaces a manifest:
+    :class:`~lastgood.errors.CheckpointExistsError`.
+    """
+    files = [_manifest_entry(storage, path, rank, world_size) for rank in range(world_size)]
+    if files[0].save_id != save_id:
+        raise _not_this_rank(path, 0)
+    storage.put_if_absent(manifest_file(path), encode_manifest(Manifest(MANIFEST_VERSION, save_id, world_size, files)))
+
+
+def _manifest_entry(storage: StorageBackend, path: str, rank: int, world_size: int) -> ManifestFile:
+    name = checkpoint_file(path, rank)
+    with closing(storage.open(name)) as file:
+        identity = read_identity(file)
+    if identity is None or (identity.rank, identity.world_size, identity.independent) != (rank, world_size, False):
+        raise _not_this_rank(path, rank)
+    return ManifestFile(rank, os.path.basename(name), identity.size, identity.trailer_crc, identity.save_id)
+
+
+def _not_this_rank(path: str, rank: int) -> CorruptCheckpointError:
+    name = checkpoint_file(path, rank)
+    return CorruptCheckpointError(
+        f"{name} is not the file that rank {rank} wrote in this save; the checkpoint is not committed. Do all ranks "
+        "save to the same directory, and no other job?",
+        path=name,
+        rank=rank,
+        phase="commit",
+    )
+
+
+def wait_for_manifest(storage: StorageBackend, path: str, rank: int, save_id: str, timeout_secs: float) -> None:
+    """Return once rank 0 has published the manifest that names this rank's file of the save ``save_id``.
+
+    Raises :class:`~lastgood.errors.UncommittedCheckpointError` when that does not happen in time, or the manifest
+    turns out to be that of another save.
+    """
+    deadline = time.monotonic() + timeout_secs
+    pause = 0.001
+    while (manifest := read_manifest(storage, path)) is None:
+        if time.monotonic() > deadline:
+            raise _uncommitted(
+                path, rank, f"rank 0 did not publish {manifest_file(path)} within {timeout_secs:g} s after the barrier"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECS)
+    if rank >= manifest.world_size or manifest.files[rank].save_id != save_id:
+        raise _uncommitted(path, rank, f"{manifest_file(path)} is that of another save (of another job?)")
+
+
+def _uncommitted(path: str, rank: int, what: str) -> UncommittedCheckpointError:
+    return UncommittedCheckpointError(
+        f"{what}; rank {rank}'s file is durable, but its checkpoint is not committed. See rank 0's error; checkpoints "
+        "at other paths are untouched.",
+        path=path,
+        rank=rank,
+        phase="commit",
+    )
+
+
+def read_manifest(storage: StorageBackend, path: str) -> Manifest | None:
+    """The manifest of the checkpoint at ``path``, or ``None`` if it has none.
+
+    Raises :class:`~lastgood.errors.CorruptCheckpointError` for one that is damaged.
+    """
+    name = manifest_file(path)
+    try:
+        with closing(storage.open(name)) as file:
+            if file.size > MAX_MANIFEST_SIZE:
+                raise InvalidManifestError(f"it has {file.size} bytes")
+            data = bytearray(file.size)
+            file.read_into(0, memoryview(data))
+        return decode_manifest(bytes(data))
+    except CheckpointNotFoundError:
+        return None
+    except InvalidManifestError as error:
+        raise CorruptCheckpointError(f"{name} is damaged: {error}. Load an earlier checkpoint.", path=name) from error

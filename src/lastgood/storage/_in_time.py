@@ -1,0 +1,127 @@
+"""A backend on a clock: no call keeps its caller waiting for ever, whatever the device or the network does.
+
+Each call runs on a daemon thread, so that one which never comes back does not keep the interpreter from exiting either.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from lastgood._events import logger
+from lastgood._threads import call_with_timeout
+from lastgood.errors import StorageError
+from lastgood.storage.base import Buffer, StorageBackend, StoredFile, StreamedWrite
+
+Result = TypeVar("Result")
+
+_NOTHING = "Nothing was published; earlier checkpoints are untouched."
+_UNKNOWN = "Whether it was published is not known: it is there whole, or what was there before is."
+_READ_ONLY = "Nothing was changed."
+
+
+class StorageInTime:
+    """The same :class:`~lastgood.storage.base.StorageBackend`, whose calls end within ``timeout_secs`` each.
+
+    A call that does not raises :class:`~lastgood.errors.StorageError`. The one exception is ``write_at``: whoever
+    writes with several threads watches over them.
+    """
+
+    def __init__(self, storage: StorageBackend, timeout_secs: float) -> None:
+        self._storage = storage
+        self._timeout_secs = timeout_secs
+
+    def begin(self, path: str, size: int) -> StreamedWrite:
+        lock = threading.Lock()
+        begun: list[StreamedWrite] = []
+        given_up = False
+
+        def begin() -> None:
+            write = self._storage.begin(path, size)
+            with lock:
+                begun.append(write)
+            if given_up:
+                write.abort()
+
+        try:
+            self._call(begin, "begin", path, _NOTHING)
+        except BaseException:
+            with lock:
+                given_up = True
+                late = list(begun)
+            for write in late:
+                _WriteInTime(write, path, self._call).abort()
+            raise
+        return _WriteInTime(begun[0], path, self._call)
+
+    def put(self, path: str, data: Buffer) -> None:
+        self._call(lambda: self._storage.put(path, data), "put", path, _UNKNOWN)
+
+    def put_if_absent(self, path: str, data: Buffer) -> None:
+        self._call(lambda: self._storage.put_if_absent(path, data), "put", path, _UNKNOWN)
+
+    def open(self, path: str) -> StoredFile:
+        return _FileInTime(self._call(lambda: self._storage.open(path), "open", path, _READ_ONLY), self._call)
+
+    def exists(self, path: str) -> bool:
+        return self._call(lambda: self._storage.exists(path), "exists", path, _READ_ONLY)
+
+    def list(self, path: str) -> list[str]:
+        return self._call(lambda: self._storage.list(path), "list", path, _READ_ONLY)
+
+    def delete(self, path: str) -> None:
+        self._call(lambda: self._storage.delete(path), "delete", path, "The file may still be there.")
+
+    def _call(self, function: Callable[[], Result], phase: str, path: str, safe: str) -> Result:
+        def timed_out() -> StorageError:
+            return StorageError(
+                f"storage did not answer within {self._timeout_secs:g} s ({phase} of {path}) and was given up. {safe} "
+                "Look at the device or the network behind this path.",
+                path=path,
+                phase=phase,
+            )
+
+        return call_with_timeout(function, self._timeout_secs, timed_out, name=phase.replace(" ", "-"))
+
+
+_Call = Callable[[Callable[[], None], str, str, str], None]
+
+
+class _WriteInTime:
+    def __init__(self, write: StreamedWrite, path: str, call: _Call) -> None:
+        self._write = write
+        self._path = path
+        self._call = call
+        self._committed = False
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        self._write.write_at(offset, data)
+
+    def make_durable(self) -> None:
+        self._call(self._write.make_durable, "make durable", self._path, _NOTHING)
+
+    def commit(self, *, replace: bool = True) -> None:
+        self._call(lambda: self._write.commit(replace=replace), "commit", self._path, _UNKNOWN)
+        self._committed = True
+
+    def abort(self) -> None:
+        """As the contract says, and also allowed after a commit that went well: then it does nothing."""
+        if self._committed:
+            return
+        try:
+            self._call(self._write.abort, "abort", self._path, _NOTHING)
+        except StorageError as error:
+            logger.warning("%s The temporary of %s stays behind until the next save of that name.", error, self._path)
+
+
+class _FileInTime:
+    def __init__(self, file: StoredFile, call: _Call) -> None:
+        self._file = file
+        self._call = call
+        self.path = file.path
+        self.size = file.size
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        self._call(lambda: self._file.read_into(offset, target), "read", self.path, _READ_ONLY)
+
+    def close(self) -> None:
+        self._file.close()
