@@ -15,7 +15,6 @@ from timing import Results, Samples
 class Aim:
     """``ours`` is to be at least ``at_least`` times as fast as the fastest of ``theirs``."""
 
-    what: str
     ours: str
     theirs: tuple[str, ...]
     at_least: float
@@ -29,7 +28,11 @@ class Section:
     title: str
     nbytes: int
     results: Results
-    aims: Sequence[Aim] = ()
+    aims: Sequence[Aim]
+
+    moves_data: bool = True
+    """Whether bytes a second say anything."""
+
     left_out: Mapping[str, str] = field(default_factory=dict)
     """What could not be measured, and why."""
 
@@ -70,7 +73,7 @@ def compare(aim: Aim, results: Results) -> Comparison:
 
 def section_text(section: Section) -> str:
     """The table of a section, and its aims."""
-    rows = [("", "median", "min - max", "speed", "CPU")]
+    rows = [("", "median", "min - max", "CPU", "speed" if section.moves_data else "")]
     for name, samples in section.results.items():
         median = statistics.median(samples.seconds)
         rows.append(
@@ -78,24 +81,22 @@ def section_text(section: Section) -> str:
                 name,
                 _seconds(median),
                 f"{_seconds(min(samples.seconds))} - {_seconds(max(samples.seconds))}",
-                f"{section.nbytes / median / 1e9:.2f} GB/s",
                 _seconds(statistics.median(samples.cpu_seconds)),
+                f"{section.nbytes / median / 1e9:.2f} GB/s" if section.moves_data else "",
             )
         )
     rounds = len(next(iter(section.results.values())).seconds)
-    lines = [
-        f"{section.title} ({section.nbytes / 1e6:,.1f} MB of tensors, {rounds} rounds)",
-        *_table(rows, figures=(1, 2, 3, 4)),
-    ]
+    lines = [f"{section.title} ({_megabytes(section.nbytes)} of tensors, {rounds} rounds)"]
+    lines += _table(rows, figures=(1, 2, 3, 4))
     if section.aims:
-        aims = [("aim", "speed against", "aimed at", "this run", "min - max", "")]
+        aims = [("speed of", "against that of", "aimed at", "this run", "min - max", "")]
         for aim in section.aims:
             if aim.ours not in section.results or not set(aim.theirs) & section.results.keys():
                 continue
             found = compare(aim, section.results)
             aims.append(
                 (
-                    aim.what,
+                    aim.ours,
                     found.reference,
                     f"{aim.at_least:.2f}",
                     f"{statistics.median(found.ratios):.2f}",
@@ -181,6 +182,10 @@ def _file_system(directory: str) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value * 1000:.1f} ms" if value < 0.1 else f"{value:.2f} s"
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
 
 
 def _mebibytes(nbytes: int) -> str:

@@ -61,9 +61,9 @@ def measure_saves(state: State, directory: str, rounds: int) -> Section:
     """Every saver, and the device's limit; each file is new, and gone before the next one."""
     contenders = _write_limits(state.nbytes, os.path.join(directory, "limit"))
     contenders += _save_contenders(list(savers.SAVERS), state, directory)
-    aims = [Aim("share of the device's limit", savers.LASTGOOD, tuple(WRITE_LIMITS), LIMIT_SHARE)]
+    aims = [Aim(savers.LASTGOOD, tuple(WRITE_LIMITS), LIMIT_SHARE)]
     for name, at_least in ((savers.TORCH, 2.5), (savers.SAFETENSORS, 1.0), (savers.FASTSAFETENSORS, 1.0)):
-        aims.append(Aim("times as fast", savers.LASTGOOD, (name,), at_least))
+        aims.append(Aim(savers.LASTGOOD, (name,), at_least))
     return _section("save", "durable synchronous save", state.nbytes, contenders, rounds, aims)
 
 
@@ -93,8 +93,8 @@ def measure_cold_loads(state: State, files: dict[str, list[str]], rounds: int) -
     contenders += _load_contenders(loaders.FRESH, state, files, make_cold)
     aims = []
     for ours_name, peers in ((loaders.LASTGOOD_INTO, loaders.INTO), (loaders.LASTGOOD, loaders.FRESH)):
-        aims.append(Aim("share of the device's limit", ours_name, tuple(READ_LIMITS), LIMIT_SHARE))
-        aims += [Aim("times as fast", ours_name, (name,), 1.0) for name in peers if name != ours_name]
+        aims.append(Aim(ours_name, tuple(READ_LIMITS), LIMIT_SHARE))
+        aims += [Aim(ours_name, (name,), 1.0) for name in peers if name != ours_name]
     return _section("load_cold", "load, cold page cache", state.nbytes, contenders, rounds, aims)
 
 
@@ -102,8 +102,8 @@ def measure_warm_loads(state: State, files: dict[str, list[str]], rounds: int) -
     """In place and fresh, with the whole file in the page cache."""
     contenders = _into_contenders(state, files, make_warm) + _load_contenders(loaders.FRESH, state, files, make_warm)
     aims = [
-        Aim("times as fast", loaders.LASTGOOD_INTO, (loaders.SAFETENSORS_INTO,), 1 / 1.2),
-        Aim("times as fast", loaders.LASTGOOD, (loaders.TORCH,), 2.0),
+        Aim(loaders.LASTGOOD_INTO, (loaders.SAFETENSORS_INTO,), 1 / 1.2),
+        Aim(loaders.LASTGOOD, (loaders.TORCH,), 2.0),
     ]
     return _section("load_warm", "load, warm page cache", state.nbytes, contenders, rounds, aims)
 
@@ -111,11 +111,8 @@ def measure_warm_loads(state: State, files: dict[str, list[str]], rounds: int) -
 def measure_mapping(state: State, files: dict[str, list[str]], rounds: int) -> Section:
     """How long until tensors are there whose data is read when it is touched."""
     contenders = _load_contenders(loaders.MAPPED, state, files, make_warm)
-    aims = [
-        Aim("times as fast", loaders.LASTGOOD_MAP, (name,), 1.0)
-        for name in (loaders.TORCH_MAP, loaders.SAFETENSORS_MAP)
-    ]
-    return _section("map", "lazy mapping, warm page cache", state.nbytes, contenders, rounds, aims)
+    aims = [Aim(loaders.LASTGOOD_MAP, (name,), 1.0) for name in (loaders.TORCH_MAP, loaders.SAFETENSORS_MAP)]
+    return _section("map", "lazy mapping, warm page cache", state.nbytes, contenders, rounds, aims, moves_data=False)
 
 
 def measure_small_tensors(directory: str, rounds: int) -> list[Section]:
@@ -126,15 +123,23 @@ def measure_small_tensors(directory: str, rounds: int) -> list[Section]:
     found = []
     state = small_tensors_state(SMALL_TENSORS)
     contenders = _save_contenders(save_names, state, directory)
-    aims = [Aim("times as fast", savers.LASTGOOD, (savers.TORCH,), 10.0)]
+    aims = [Aim(savers.LASTGOOD, (savers.TORCH,), 10.0)]
     found.append(
-        _section("small_save", "durable save of 100,000 small tensors", state.nbytes, contenders, rounds, aims)
+        _section(
+            "small_save",
+            "durable save of 100,000 small tensors",
+            state.nbytes,
+            contenders,
+            rounds,
+            aims,
+            moves_data=False,
+        )
     )
     files = files_of_savers(save_names, state, directory)
     contenders = _load_contenders(chosen, state, files, make_cold)
-    aims = [Aim("times as fast", loaders.LASTGOOD, (loaders.TORCH,), 10.0)]
+    aims = [Aim(loaders.LASTGOOD, (loaders.TORCH,), 10.0)]
     title = "load of 100,000 small tensors, fresh, cold page cache"
-    found.append(_section("small_load", title, state.nbytes, contenders, rounds, aims))
+    found.append(_section("small_load", title, state.nbytes, contenders, rounds, aims, moves_data=False))
     remove_files(files)
     return found
 
@@ -158,10 +163,17 @@ def remove_files(files: dict[str, list[str]]) -> None:
 
 
 def _section(
-    key: str, title: str, nbytes: int, contenders: Sequence[Contender], rounds: int, aims: Sequence[Aim]
+    key: str,
+    title: str,
+    nbytes: int,
+    contenders: Sequence[Contender],
+    rounds: int,
+    aims: Sequence[Aim],
+    *,
+    moves_data: bool = True,
 ) -> Section:
     results, left_out = measure_in_turns(title, contenders, rounds)
-    return Section(key, title, nbytes, results, aims, left_out)
+    return Section(key, title, nbytes, results, aims, moves_data, left_out)
 
 
 def _save_contenders(names: Sequence[str], state: State, directory: str) -> list[Contender]:

@@ -62,6 +62,7 @@ class OpaquePickler:
         self._pickler: _Pickler | None = None
         self._path = ""
         self._named: set[int] = set()
+        self._empty: dict[int, torch.UntypedStorage] = {}
 
     def rehearse(self, value: Any, path: str) -> bytes:
         """Find the storages that ``value`` uses; returns its pickle with offsets that are not yet final."""
@@ -139,6 +140,9 @@ class OpaquePickler:
                 self._with_places(part, final=final) if type(part) is tuple and part else part for part in arguments
             )
         offset, size, stride = arguments[1:4]
+        if storage.nbytes() == 0:
+            # Without a byte there is nothing to share, and no reason to ask for one dtype.
+            storage = self._empty.setdefault(id(arguments), torch.empty(0, device=storage.device).untyped_storage())
         dtype = next((part for part in arguments[4:] if isinstance(part, torch.dtype)), None)
         dtype_name = UNTYPED if dtype is not None else _dtype_name(arguments[0].dtype)
         itemsize = (dtype or arguments[0].dtype).itemsize
@@ -169,7 +173,8 @@ class OpaquePickler:
         return self._storage_id(self._uses.add_whole(storage, dtype), dtype)
 
     def _storage_id(self, use: StorageUse, dtype: str) -> tuple[Any, ...]:
-        if dtype not in (UNTYPED, use.dtype):
+        # torch takes a storage without a dtype for one of uint8.
+        if dtype not in (UNTYPED, use.dtype) and (dtype, use.dtype) != ("uint8", UNTYPED):
             raise UnsupportedStateError(
                 f"the value at key {self._path!r} uses, as {dtype}, memory that another value uses as another dtype; "
                 "nothing was written. Save a clone of one of them.",
@@ -234,4 +239,4 @@ def _stack_level() -> int:
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lastgood."):
         frame, level = frame.f_back, level + 1
-    return level - 1
+    return level

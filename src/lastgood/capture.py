@@ -184,8 +184,13 @@ class _Walker:
 
     def _describe_container(self, value: Any, path: str, depth: int) -> Node:
         kind = type(value)
-        if kind is set and not all(type(item) in _SCALARS for item in value):
-            return self.describe_opaque(value, path)
+        if kind is set:
+            try:
+                set_node = SetNode(sorted((_item_node(item, depth + 1) for item in value), key=encode_node))
+            except TypeError:
+                return self.describe_opaque(value, path)
+            self._numbers[id(value)] = len(self._numbers)
+            return set_node
         if kind is not tuple:
             self._numbers[id(value)] = len(self._numbers)
         if kind is bytearray:
@@ -198,8 +203,6 @@ class _Walker:
             pairs = self._pairs(value, path, depth)
             attributes = {name: self.describe(item, f"{path}.{name}", depth + 1) for name, item in vars(value).items()}
             node = OrderedDictNode(pairs, attributes)
-        elif kind is set:
-            node = SetNode(sorted((scalar_node(item) for item in value), key=encode_node))
         else:
             items = [
                 self.describe(item, join_path(path, list_position(number)), depth + 1)
@@ -275,6 +278,15 @@ class _Walker:
             node.length = len(body)
             bodies.append(body)
         return b"".join(bodies)
+
+
+def _item_node(item: Any, depth: int) -> Node:
+    """The node of a set's item; ``TypeError`` for what is neither a scalar nor a tuple of such."""
+    if type(item) is not tuple:
+        return scalar_node(item)
+    if depth >= MAX_INDEX_DEPTH:
+        raise TypeError("nested too deep")
+    return TupleNode([_item_node(part, depth + 1) for part in item])
 
 
 def _plain_storage(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, tuple[int, ...]] | None:

@@ -59,8 +59,11 @@ class CheckpointReader:
         file = self._storage.open(file_path)
         try:
 
-            def admit(archive: Archive) -> None:
-                self._admit(path, archive, allow_uncommitted=allow_uncommitted)
+            def admit(archive: Archive | None) -> None:
+                if archive is None:
+                    self._admit_foreign(path, file.path)
+                else:
+                    self._admit(path, archive, allow_uncommitted=allow_uncommitted)
 
             return load_file(
                 file,
@@ -96,13 +99,15 @@ class CheckpointReader:
     def _admit(self, path: str, archive: Archive, *, allow_uncommitted: bool) -> None:
         """Refuse a file that is not this rank's, or whose save was not committed, or that is of another save."""
         index, rank = archive.index, self._rank_info.global_rank
-        if index.rank != rank:
+        if index.rank != rank or rank >= index.world_size:
             raise CorruptCheckpointError(
-                f"{archive.file.path} was written by rank {index.rank}, not {rank}: somebody renamed it.",
+                f"{archive.file.path} was written by rank {index.rank} of {index.world_size}, not by rank {rank}: "
+                "somebody renamed it. Load an earlier checkpoint, or put the file back under its name.",
                 path=archive.file.path,
                 rank=rank,
             )
-        if index.world_size == 1 or index.independent or allow_uncommitted:
+        alone = index.world_size == 1 or index.independent
+        if allow_uncommitted or (alone and not self._storage.exists(manifest_file(path))):
             return
         manifest = self._manifest(path, index.world_size)
         entry = manifest.files[rank]
@@ -114,6 +119,16 @@ class CheckpointReader:
                 "Load an earlier checkpoint.",
                 path=archive.file.path,
                 rank=rank,
+            )
+
+    def _admit_foreign(self, path: str, file_path: str) -> None:
+        """Refuse a file that lastgood did not write where a manifest says that it did."""
+        if self._storage.exists(manifest_file(path)):
+            raise CorruptCheckpointError(
+                f"{file_path} is not the file that the manifest of {path} names: lastgood did not write it, or it is "
+                "damaged beyond recognition. Load an earlier checkpoint.",
+                path=file_path,
+                rank=self._rank_info.global_rank,
             )
 
     def _manifest(self, path: str, world_size: int) -> Manifest:

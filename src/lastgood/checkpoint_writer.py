@@ -123,7 +123,22 @@ class CheckpointWriter:
     def _storage_in_time(self) -> StorageBackend:
         return StorageInTime(self._storage, self._config.no_progress_timeout_secs)
 
-    def _write_file(self, directory: str, save_id: str, state_dict: STATE_DICT, kwargs: dict[str, Any]) -> StreamedWrite:
+    def _prepare(self, path: str, save_id: str, state_dict: STATE_DICT, kwargs: dict[str, Any]) -> StreamedWrite:
+        """All that this rank does before it meets the others."""
+        directory = _directory(path)
+        upload = self._write_file(directory, save_id, state_dict, kwargs.get("step"))
+        try:
+            if self._commit_hook is not None:
+                with _events.phase("pre_commit", directory, rank=self._rank_info.global_rank):
+                    self._commit_hook.pre_commit(path, **kwargs)
+            if self._needs_manifest:
+                self._publish_file(upload, directory)
+        except BaseException:
+            upload.abort()
+            raise
+        return upload
+
+    def _write_file(self, directory: str, save_id: str, state_dict: STATE_DICT, step: object) -> StreamedWrite:
         rank, world_size = self._rank_info.global_rank, self._rank_info.global_world_size
         refuse_committed(self._storage_in_time, directory, rank, world_size, independent=self._is_independent)
         with _events.phase("capture", directory, rank=rank):

@@ -41,6 +41,7 @@ class Merge:
         self.fresh: list[TensorNode | OpaqueNode] = []
         self._table = table
         self._path = path
+        self._followed: set[int] = set()
         self._assignments: list[tuple[Any, Any, Any]] = []
         self._root: Any = None
 
@@ -87,7 +88,7 @@ class Merge:
             return self._visit_list(target, node, path)
         if type(target) is tuple and isinstance(node, TupleNode):
             return self._visit_tuple(target, node, path)
-        self.fresh.extend(tensors_in(node, self._table))
+        self.fresh.extend(tensors_in(node, self._table, self._followed))
         return _Fresh(node)
 
     def _visit_mapping(
@@ -105,7 +106,7 @@ class Merge:
         return target
 
     def _keyed(self, node: MapNode | OrderedDictNode) -> dict[Any, Node]:
-        keys = ValueBuilder(self._table, _no_key, _no_key)
+        keys = ValueBuilder(self._table, _UnknownKey, _UnknownKey)
         return {keys.build(key): value for key, value in node.items}
 
     def _visit_list(self, target: list[Any], node: ListNode, path: str) -> Any:
@@ -133,6 +134,8 @@ class Merge:
                 )
             if target.device.type == "meta":
                 raise self._mismatch(path, "the target is on the meta device and has no memory to load into")
+            if target.layout is not torch.strided or target.is_nested:
+                raise self._mismatch(path, "the target is sparse or nested, the saved tensor is strided")
             if any(size > 1 and step == 0 for size, step in zip(target.shape, target.stride(), strict=True)):
                 raise self._mismatch(path, "the target is expanded: several of its elements share one place in memory")
         elif not isinstance(node, OpaqueNode):
@@ -150,5 +153,8 @@ class Merge:
         )
 
 
-def _no_key(node: Any) -> Any:
-    raise ValueError(f"a {type(node).__name__} cannot be a key")
+class _UnknownKey:
+    """Stands for a key that only the pickle describes, or that is a tensor: no key of a target equals it."""
+
+    def __init__(self, node: TensorNode | OpaqueNode) -> None:
+        self.node = node

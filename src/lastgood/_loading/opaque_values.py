@@ -3,12 +3,16 @@
 import io
 import pickle
 import re
+import threading
 import zipfile
 from typing import Any
 
 import torch
 
-from lastgood._loading.records import read_parts
+from lastgood._loading.pickle_rules import PickleRules, storage_itemsize
+from lastgood._loading.pickle_symbols import StorageSymbol, is_count
+from lastgood._loading.pickle_walk import IncompletePickleError, walk_pickle
+from lastgood._loading.records import check_pickle, read_parts
 from lastgood._loading.values import MapLocation
 from lastgood._memory import address_of
 from lastgood._torch_internals import untyped_storage_of
@@ -17,7 +21,7 @@ from lastgood.format.archive import Archive, corrupt
 from lastgood.format.image import FIRST_STORAGE, LIMIT_32
 from lastgood.format.index import OpaqueNode
 from lastgood.format.pickle_writer import PROTOCOL
-from lastgood.format.read_plan import Request
+from lastgood.format.read_plan import PIECE_SIZE, Request
 from lastgood.format.spec import (
     BYTEORDER_RECORD,
     PICKLE_RECORD,
@@ -30,6 +34,9 @@ _REFUSED = re.compile(
     r"(?:Unsupported global: GLOBAL|unsupported GLOBAL|unrecognized function|allowlisted via .* but got) ([^\s,]+)"
 )
 """How torch's restricted unpickler says what it refuses."""
+
+
+_CHECKING_SPARSE_TENSORS = threading.RLock()
 
 
 class OpaqueValues:
@@ -48,25 +55,29 @@ def load_opaque_values(archive: Archive, map_location: MapLocation, *, check: bo
     """All opaque values of an archive, through ``torch.load(weights_only=True)``.
 
     They are loaded from a small archive made of their bodies and the storages that these name, so that values keep
-    what they share and nothing else is read.
+    what they share and nothing else is read; for a moment the data of these storages is in memory twice.
     """
     nodes = archive.opaque_nodes
     numbers = sorted({number for node in nodes for number in node.storages})
-    data = _read_records(archive, [0, *(FIRST_STORAGE + number for number in numbers)], check=check)
-    pickle_bytes = data[0]
+    pickle_bytes = _read_record(archive, 0, 0, archive.index.pickle_size, check=check)
+    if check:
+        check_pickle(archive, pickle_bytes)
     bodies = [bytes(pickle_bytes[node.start : node.start + node.length]) for node in nodes]
     references = [_storage_reference(number, archive.index.storages[number].nbytes) for number in numbers]
     parts = [PROTOCOL, pickle.EMPTY_LIST, pickle.MARK, *bodies, *references, pickle.APPENDS, pickle.STOP]
+    small_pickle = b"".join(parts)
+    _refuse_unsafe(archive, small_pickle, numbers)
     small = io.BytesIO()
     with zipfile.ZipFile(small, "w") as file:
-        file.writestr(PICKLE_RECORD, b"".join(parts))
+        file.writestr(PICKLE_RECORD, small_pickle)
         file.writestr(VERSION_RECORD, TORCH_FORMAT_VERSION)
         file.writestr(BYTEORDER_RECORD, archive.index.byteorder)
-        for number, storage_bytes in zip(numbers, data[1:], strict=True):
-            with file.open(
-                f"{STORAGE_RECORD_PREFIX}{number}", "w", force_zip64=len(storage_bytes) >= LIMIT_32
-            ) as record:
-                record.write(storage_bytes)
+        for number in numbers:
+            nbytes = archive.index.storages[number].nbytes
+            with file.open(f"{STORAGE_RECORD_PREFIX}{number}", "w", force_zip64=nbytes >= LIMIT_32) as record:
+                for start in range(0, nbytes, PIECE_SIZE):
+                    end = min(start + PIECE_SIZE, nbytes)
+                    record.write(_read_record(archive, FIRST_STORAGE + number, start, end, check=check))
     small.seek(0)
     loaded = safe_torch_load(small, archive.file.path, map_location=map_location)
     if not isinstance(loaded, list) or len(loaded) != len(nodes) + len(numbers):
@@ -84,7 +95,10 @@ def load_opaque_values(archive: Archive, map_location: MapLocation, *, check: bo
 def safe_torch_load(file: Any, path: str, **arguments: Any) -> Any:
     """``torch.load(weights_only=True)``, with its failures as errors of ours that name ``path``."""
     try:
-        return torch.load(file, weights_only=True, **arguments)
+        # Unchecked, the indices of a sparse tensor could lead operations on it outside its memory. The switch is the
+        # whole process's.
+        with _CHECKING_SPARSE_TENSORS, torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+            return torch.load(file, weights_only=True, **arguments)
     except pickle.UnpicklingError as error:
         refused = _REFUSED.search(str(error))
         if refused is not None:
@@ -99,13 +113,30 @@ def safe_torch_load(file: Any, path: str, **arguments: Any) -> Any:
         raise corrupt(path, f"torch.load could not read it: {error}") from error
 
 
-def _read_records(archive: Archive, records: list[int], *, check: bool) -> list[memoryview]:
-    buffers = [memoryview(bytearray(archive.layout.records[number].size)) for number in records]
-    requests = [
-        Request(number, 0, len(buffer), address_of(buffer)) for number, buffer in zip(records, buffers, strict=True)
-    ]
-    read_parts(archive, requests, check=check)
-    return buffers
+def _refuse_unsafe(archive: Archive, pickle_bytes: bytes, numbers: list[int]) -> None:
+    """Raise unless the pickle only makes values, and on the storages of these numbers."""
+    sizes = {str(number): archive.index.storages[number].nbytes for number in numbers}
+    rules = PickleRules(archive.file.path, archive.file.size)
+
+    def claim(identity: tuple[Any, ...]) -> StorageSymbol:
+        itemsize = storage_itemsize(identity[1]) if len(identity) == 5 and identity[0] == "storage" else None
+        if itemsize is None or type(identity[2]) is not str or not is_count(identity[4]):
+            rules.broken("a reference to something that is not a storage")
+        nbytes = identity[4] * itemsize
+        if nbytes > sizes.get(identity[2], -1):
+            rules.broken(f"the storage {identity[2]!r}, which is not listed or not so large")
+        return StorageSymbol(nbytes, itemsize)
+
+    try:
+        walk_pickle(pickle_bytes, 0, rules, claim)
+    except IncompletePickleError:
+        rules.broken("it has no end")
+
+
+def _read_record(archive: Archive, record: int, start: int, end: int, *, check: bool) -> memoryview:
+    buffer = memoryview(bytearray(end - start))
+    read_parts(archive, [Request(record, start, end, address_of(buffer))], check=check, owner=buffer)
+    return buffer
 
 
 def _storage_reference(number: int, nbytes: int) -> bytes:

@@ -27,9 +27,7 @@ LARGEST_KEY = 1000
 
 _SPARE_WORK = 1024 * 1024
 _ITEM_COST = 8
-_MAX_DIMENSIONS = 64
 _LATIN = ("latin1", "latin-1")
-_JUDGED_PACKAGES = frozenset({"torch", "builtins", "__builtin__", "collections", "_codecs"})
 
 _ITEMSIZES: dict[str, int] = {info.storage_class: info.itemsize for info in DTYPES.values() if info.storage_class}
 _ITEMSIZES |= {
@@ -114,13 +112,14 @@ class PickleRules:
             self.unsafe("uses a huge tuple as a key")
 
     def _is_users(self, name: str) -> bool:
-        # What is neither torch's nor Python's can only be called if the user allowed it: torch sees to that.
-        return name in self._users or name.partition(".")[0] not in _JUDGED_PACKAGES
+        # Of what is not torch's, torch's own list has but the few names with a rule. Anything else can only be called
+        # if the user allowed it: torch sees to that.
+        return name in self._users or not (name in _RULES or name.startswith("torch."))
 
     def _refuse_name(self, name: str) -> NoReturn:
         raise UnsafeCheckpointError(
-            f"{self._path} calls {name}, which is not on the list of what is safe to load; nothing of the file was run. If "
-            f"you trust the file, allow it by torch.serialization.add_safe_globals([{name}]) (for values of "
+            f"{self._path} calls {name}, which is not on the list of what is safe to load; nothing of the file was "
+            f"run. If you trust the file, allow it by torch.serialization.add_safe_globals([{name}]) (for values of "
             "torch.distributed and torch.nested: import that module first) and load again.",
             path=self._path,
         )
@@ -136,15 +135,16 @@ class PickleRules:
     def _view(self, storage: Any, offset: Any, size: Any, stride: Any, itemsize: int | None) -> TensorSymbol | None:
         if not (isinstance(storage, StorageSymbol) and isinstance(size, TupleSymbol) and itemsize is not None):
             return None
-        if not (isinstance(stride, TupleSymbol) and len(size.items) == len(stride.items) <= _MAX_DIMENSIONS):
+        if not (isinstance(stride, TupleSymbol) and len(size.items) == len(stride.items)):
             return None
+        self._spend(_ITEM_COST * len(size.items))
         if not (is_count(offset) and all(map(is_count, size.items)) and all(map(is_count, stride.items))):
             return None
-        numel = 1
+        numel = 0 if 0 in size.items else 1
         for length in size.items:
             numel *= length
-        if numel >= 2**63:
-            self.broken(f"a tensor of the shape {size.items}")
+            if numel >= 2**63:
+                self.broken(f"a tensor of the shape {size.items}")
         if numel and (offset + element_span(size.items, stride.items)) * itemsize > storage.nbytes:
             self.broken(f"a tensor of the shape {size.items} on a storage of {storage.nbytes} bytes")
         return TensorSymbol(numel * itemsize, wide=numel * itemsize > storage.nbytes)

@@ -106,9 +106,7 @@ class _Walker:
 
     def _global(self) -> None:
         module, name = self._take_line(), self._take_line()
-        if module == "__builtin__":
-            module = "builtins"
-        self._stack.append(GlobalSymbol(f"{module}.{name}"))
+        self._stack.append(GlobalSymbol(f"{_RENAMED_MODULES.get(module, module)}.{name}"))
 
     def _persistent_id(self) -> None:
         identity = self._stack.pop()
@@ -197,6 +195,14 @@ class _Walker:
     def _put(self, form: struct.Struct) -> None:
         self._memo[form.unpack(self._take(form.size))[0]] = self._stack[-1]
 
+
+_RENAMED_MODULES = {
+    "__builtin__": "builtins",
+    "UserDict": "collections",
+    "UserList": "collections",
+    "UserString": "collections",
+}
+"""Python 2's names of modules (protocol 2 uses them) whose contents torch may call."""
 
 _U8 = struct.Struct("<B")
 _U16 = struct.Struct("<H")

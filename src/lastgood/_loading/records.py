@@ -25,16 +25,17 @@ READER_THREADS = 2
 NO_PROGRESS_TIMEOUT_SECS = 600.0
 
 
-def read_parts(archive: Archive, requests: Sequence[Request], *, check: bool) -> None:
+def read_parts(archive: Archive, requests: Sequence[Request], *, check: bool, owner: object) -> None:
     """Bring the requested bytes into memory; with ``check``, every block they lie in is compared with its checksum.
 
+    ``owner`` keeps that memory alive for as long as a read goes on that a time-out or an interrupt has left behind.
     Raises :class:`~lastgood.errors.CorruptCheckpointError` naming the damaged tensor.
     """
-    _execute(archive, plan_parts(archive.layout, requests, check=check), {}, check=check)
+    _execute(archive, plan_parts(archive.layout, requests, check=check), {}, check=check, owner=owner)
 
 
-def read_whole(archive: Archive, requests: Sequence[Request]) -> None:
-    """Bring the requested bytes into memory, checking every byte of the file on the way.
+def read_whole(archive: Archive, requests: Sequence[Request], *, owner: object = None) -> None:
+    """Bring the requested bytes into memory, of which ``owner`` is the owner, checking every byte of the file.
 
     What lies outside the records must be what their checksums and the layout predict, and the pickle must be the
     one that follows from the index.
@@ -48,9 +49,10 @@ def read_whole(archive: Archive, requests: Sequence[Request]) -> None:
             addresses[request.record] = request.address
         else:
             others.append(request)
-    _execute(archive, plan_whole(archive.layout, addresses), addresses, check=True)
+    owner = (owner, pickle_view)
+    _execute(archive, plan_whole(archive.layout, addresses), addresses, check=True, owner=owner)
     check_pickle(archive, pickle_view)
-    read_parts(archive, others, check=True)
+    read_parts(archive, others, check=True, owner=owner)
 
 
 def check_pickle(archive: Archive, pickle_bytes: memoryview) -> None:
@@ -65,7 +67,7 @@ def check_pickle(archive: Archive, pickle_bytes: memoryview) -> None:
         raise corrupt(archive.file.path, "its index and its data.pkl describe different states")
 
 
-def _execute(archive: Archive, reads: list[Read], addresses: Mapping[int, int], *, check: bool) -> None:
+def _execute(archive: Archive, reads: list[Read], addresses: Mapping[int, int], *, check: bool, owner: object) -> None:
     def timed_out() -> StorageError:
         path = archive.file.path
         return StorageError(
@@ -75,7 +77,7 @@ def _execute(archive: Archive, reads: list[Read], addresses: Mapping[int, int], 
             phase="read",
         )
 
-    def execute(read: Read) -> None:
+    def execute(read: Read, owner: object = owner) -> None:
         if isinstance(read, DirectRead):
             _read_direct(archive, read, check=check)
         elif isinstance(read, ScatterRead):
@@ -148,17 +150,4 @@ def _damaged(archive: Archive, number: int, start: int, end: int) -> CorruptChec
         archive.file.path,
         f"{what} does not match its checksum between the bytes {base + start} and {base + end} of the file",
         tensor=tensor,
-    )
-
-
-def with_undefined_targets(error: CorruptCheckpointError, targets: Sequence[str]) -> CorruptCheckpointError:
-    """The same error, saying which in-place targets may hold partly read data."""
-    if not targets:
-        return error
-    shown = ", ".join(targets[:5]) + (f" and {len(targets) - 5} more" if len(targets) > 5 else "")
-    return CorruptCheckpointError(
-        f"{error} These targets may hold partly read data and must be loaded again before use: {shown}.",
-        undefined_targets=tuple(targets),
-        path=error.path,
-        tensor=error.tensor,
     )

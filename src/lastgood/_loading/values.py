@@ -22,6 +22,7 @@ from lastgood.format.index import (
     FloatNode,
     Index,
     IntNode,
+    InvalidIndexError,
     ListNode,
     MapNode,
     Node,
@@ -39,7 +40,9 @@ from lastgood.format.index import (
     walk_nodes,
 )
 from lastgood.format.read_plan import Request
-from lastgood.format.spec import DTYPES
+from lastgood.format.spec import DTYPES, UNTYPED
+
+_LARGEST_ITEM = max(info.itemsize for info in DTYPES.values())
 
 MapLocation = Any
 """What ``torch.load`` takes as ``map_location``: None, a device or its name, a dict of names, or a function."""
@@ -48,9 +51,9 @@ _TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in 
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of this name; ``ValueError`` if this torch has none."""
+    """The dtype of this name; ``InvalidIndexError`` if this torch has none."""
     if name not in _TORCH_DTYPES:
-        raise ValueError(f"torch {torch.__version__} has no dtype {name}")
+        raise InvalidIndexError(f"the dtype {name!r}, which torch {torch.__version__} does not have")
     return _TORCH_DTYPES[name]
 
 
@@ -101,6 +104,11 @@ class StoragePool:
         if holding is None:
             holding = self._holdings[node.storage] = _Holding(node)
         start, end = byte_range(node)
+        if self._entries[node.storage].dtype == UNTYPED:
+            # Tensors of several dtypes may follow, and each counts its offset in its own elements: the memory begins
+            # where all can count from, and is no tensor's alone.
+            start -= start % _LARGEST_ITEM
+            holding.users += 1
         if holding.start == holding.end:
             holding.start, holding.end = start, end
         elif start < end:
@@ -114,6 +122,7 @@ class StoragePool:
                 holding.storage = new_storage(self._entries[number].nbytes, "meta")
                 holding.start = 0
             return []
+        self._try_locations()
         requests = []
         for number, holding in self._holdings.items():
             if _is_whole_tensor(holding):
@@ -131,6 +140,13 @@ class StoragePool:
     def without_data(self) -> bool:
         """Whether everything goes to the meta device, so that nothing need be read."""
         return isinstance(self._map_location, (str, torch.device)) and torch.device(self._map_location).type == "meta"
+
+    def _try_locations(self) -> None:
+        """Find out before anything is read whether what will be read can go where it belongs."""
+        if self._map_location is None or isinstance(self._map_location, (str, torch.device, dict)):
+            for location in {self._entries[number].location for number in self._holdings}:
+                if location != "cpu" or self._map_location is not None:
+                    relocated(new_storage(0), location, self._map_location)
 
     def relocate(self) -> None:
         """Move what has been read to the devices where it belongs."""
@@ -176,7 +192,7 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _is_whole_tensor(holding: _Holding) -> bool:
     node = holding.node
-    return holding.users == 1 and node.stride == contiguous_stride(node.shape)
+    return holding.users == 1 and holding.start < holding.end and node.stride == contiguous_stride(node.shape)
 
 
 def _view(storage: torch.UntypedStorage, first_byte: int, node: TensorNode) -> torch.Tensor:
@@ -201,17 +217,28 @@ def with_flags(tensor: torch.Tensor, flags: str) -> torch.Tensor:
 def relocated(storage: torch.UntypedStorage, location: str, map_location: MapLocation) -> torch.UntypedStorage:
     """The storage where ``map_location`` wants it, with the meaning that ``torch.load`` gives it."""
     restore: Any = torch.serialization.default_restore_location
-    if map_location is None:
-        result = restore(storage, location)
-    elif isinstance(map_location, dict):
-        result = restore(storage, map_location.get(location, location))
-    elif isinstance(map_location, (str, torch.device)):
-        result = restore(storage, str(map_location))
-    else:
+    if isinstance(map_location, (str, torch.device)):
+        return restore(storage, str(map_location))  # type: ignore[no-any-return]
+    if isinstance(map_location, dict):
+        location = map_location.get(location, location)
+    elif map_location is not None:
         result = map_location(storage, location)
-        if result is None:
-            result = restore(storage, location)
-    return result  # type: ignore[no-any-return]
+        if result is not None:
+            return result  # type: ignore[no-any-return]
+    try:
+        return restore(storage, location)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if _is_device(location):  # of which this machine has none: torch's error says what to do
+            raise
+        raise InvalidIndexError(f"a storage on {location!r}, which is no device that this torch knows") from error
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
 
 
 class ObjectTable:
@@ -248,7 +275,13 @@ class ValueBuilder:
         self._opaque = opaque
 
     def build(self, node: Node) -> Any:
-        """The value of a node. Raises ``ValueError`` or ``TypeError`` for a node that no writer has written."""
+        """The value of a node; raises ``InvalidIndexError`` for one that no writer has written."""
+        try:
+            return self._build(node)
+        except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+            raise InvalidIndexError(str(error)) from error
+
+    def _build(self, node: Node) -> Any:
         node = self._table.resolve(node)
         made = self._table.made(node)
         if made is not None:
@@ -260,9 +293,9 @@ class ValueBuilder:
         if isinstance(node, (DictNode, MapNode, OrderedDictNode, ListNode)):
             return self._build_container(node)
         if isinstance(node, TupleNode):
-            return tuple([self.build(item) for item in node.items])
+            return tuple([self._build(item) for item in node.items])
         if isinstance(node, SetNode):
-            value = {self.build(item) for item in node.items}
+            value = {self._build(item) for item in node.items}
             self._table.remember(node, value)
             return value
         if isinstance(node, BytearrayNode):
@@ -278,19 +311,19 @@ class ValueBuilder:
         if isinstance(node, ListNode):
             value = []
             self._table.remember(node, value)
-            value += [self.build(item) for item in node.items]
+            value += [self._build(item) for item in node.items]
             return value
         value = OrderedDict() if isinstance(node, OrderedDictNode) else {}
         self._table.remember(node, value)
         if isinstance(node, DictNode):
             for key, item in node.items.items():
-                value[key] = self.build(item)
+                value[key] = self._build(item)
             return value
         for key_node, item in node.items:
-            value[self.build(key_node)] = self.build(item)
+            value[self._build(key_node)] = self._build(item)
         if isinstance(node, OrderedDictNode):
             for name, item in node.attributes.items():
-                vars(value)[name] = self.build(item)
+                vars(value)[name] = self._build(item)
         return value
 
 
@@ -315,14 +348,22 @@ def scalar_value(node: Node) -> Any:
     return node
 
 
-def tensors_in(node: Node, table: ObjectTable) -> Iterator[TensorNode | OpaqueNode]:
-    """The tensors and opaque values inside a node, references followed; one may come more than once."""
-    for inner, _ in walk_nodes(node):
-        resolved = table.resolve(inner)
-        if resolved is not inner:
-            yield from tensors_in(resolved, table)
-        elif isinstance(inner, (TensorNode, OpaqueNode)):
-            yield inner
+def tensors_in(node: Node, table: ObjectTable, followed: set[int]) -> Iterator[TensorNode | OpaqueNode]:
+    """The tensors and opaque values inside a node, references followed; one may come more than once.
+
+    ``followed`` keeps what references have led to already: no container is followed into twice, however often the
+    file refers to it.
+    """
+    waiting = [node]
+    while waiting:
+        for inner, _ in walk_nodes(waiting.pop()):
+            resolved = table.resolve(inner)
+            if resolved is inner:
+                if isinstance(inner, (TensorNode, OpaqueNode)):
+                    yield inner
+            elif id(resolved) not in followed:
+                followed.add(id(resolved))
+                waiting.append(resolved)
 
 
 def map_storages(

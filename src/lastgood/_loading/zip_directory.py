@@ -17,6 +17,8 @@ _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _END_64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4sHHHHIIH")
+_PLAIN_FLAGS = 0x0808  # sizes in a data descriptor, names in UTF-8
+_IS_DIRECTORY = 0x10
 _SATURATED = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
 
 
@@ -96,6 +98,8 @@ def _read_record(file: StoredFile, info: zipfile.ZipInfo) -> ZipRecord:
         raise _unsafe(file, f"a record with the name {name!r}, which leads outside or reads differently elsewhere")
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise _unsafe(file, f"a compressed record ({name!r}), which could unpack to any size")
+    if info.flag_bits & ~_PLAIN_FLAGS or info.external_attr & _IS_DIRECTORY or name.endswith("/"):
+        raise corrupt(file.path, f"its record {name!r} is marked as encrypted, as a directory or as something else")
     if not 0 <= info.header_offset <= file.size - _LOCAL_HEADER.size:
         raise corrupt(file.path, f"its record {name!r} lies outside the file")
     header = _read(file, info.header_offset, _LOCAL_HEADER.size)

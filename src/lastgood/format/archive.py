@@ -140,6 +140,8 @@ def open_archive(file: StoredFile) -> Archive | None:
         raise corrupt(file.path, "the table of block checksums does not match its own checksum")
     index, layout = _read_index(file, trailer, index_bytes, trailer_offset)
     trailer_bytes = trailer_and_crc[: layout.trailer.size]
+    if trailer_and_crc[layout.trailer.size :] != data_descriptor(layout.trailer, crc32(trailer_bytes)):
+        raise corrupt(file.path, "its trailer does not match its checksum")
     block_crcs = array("I", blocks_bytes)
     if sys.byteorder == "big":
         block_crcs.byteswap()
@@ -164,6 +166,8 @@ def _read_index(file: StoredFile, trailer: Trailer, index_bytes: bytes, trailer_
         index = decode_index(index_bytes)
     except InvalidIndexError as error:
         raise corrupt(file.path, f"its index cannot be right: {error}") from error
+    if index.byteorder not in ("little", "big"):
+        raise corrupt(file.path, f"its index names the byte order {index.byteorder!r}")
     sizes = [entry.nbytes for entry in index.storages]
     # Bounds the layout's arithmetic and lists before they are made.
     if sum(sizes) + index.pickle_size > file.size:

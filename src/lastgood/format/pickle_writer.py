@@ -48,7 +48,7 @@ _TUPLE_ENDINGS = {0: pickle.EMPTY_TUPLE, 1: pickle.TUPLE1, 2: pickle.TUPLE2, 3: 
 
 
 def encode_pickle(index: Index, opaque_bodies: bytes | memoryview, opaque: Sequence[OpaqueNode]) -> bytes:
-    """The bytes of data.pkl. ``opaque_bodies`` holds the bodies of the ``opaque`` nodes end to end, in the index's order.
+    """The bytes of data.pkl. ``opaque_bodies`` holds the bodies of the ``opaque`` nodes end to end, in order.
 
     ``OpaqueNode.start`` is not looked at: it follows from where the bodies come to stand (see
     :func:`place_opaque_values`). Raises :class:`InvalidIndexError` for a node that has no pickle.

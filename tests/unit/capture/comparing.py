@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from lastgood._torch_internals import untyped_storage_of
+
 _MUTABLE = (dict, list, set, bytearray)
 
 
@@ -20,6 +22,7 @@ class Comparison:
 
     def same(self, found: Any, expected: Any, path: str = "state") -> None:
         """Both are of one type, equal, and share their parts in the same way."""
+        found, expected = _untyped(found), _untyped(expected)
         assert type(found) is type(expected), (path, type(found), type(expected))
         if isinstance(found, (*_MUTABLE, torch.Tensor)) and self._met(found, expected, path):
             return
@@ -56,25 +59,23 @@ class Comparison:
             self.same(vars(found), vars(expected), f"{path}: attributes")
 
     def _tensors(self, found: torch.Tensor, expected: torch.Tensor, path: str) -> None:
-        for name in ("dtype", "shape", "layout", "device", "requires_grad", "is_leaf", "is_quantized"):
+        for name in ("dtype", "layout", "device", "requires_grad", "is_leaf", "is_quantized", "is_nested"):
             assert getattr(found, name) == getattr(expected, name), (path, name)
-        self.same(found.__dict__, expected.__dict__, f"{path}: attributes")
-        if found.layout is torch.sparse_coo:
-            assert found.is_coalesced()
-            self.same(found.indices(), expected.indices(), f"{path}: indices")
-            self.same(found.values(), expected.values(), f"{path}: values")
+        if found.is_quantized or found.is_nested or found.layout is not torch.strided:
+            self.same(_parts(found), _parts(expected), path)
             return
+        assert found.shape == expected.shape, path
         assert found.stride() == expected.stride(), path
         assert found.is_conj() == expected.is_conj(), path
         assert found.is_neg() == expected.is_neg(), path
         assert torch.equal(elements(found), elements(expected)), f"{path}: other bytes"
+        self.same(found.__dict__, expected.__dict__, f"{path}: attributes")
         left, right = found.untyped_storage(), expected.untyped_storage()
         self._storages(left, right, path)
         views = self._views.setdefault(id(left), [])
         if found.numel():
             views.append((found, expected))
-            first = views[0]
-            distances = [_first_byte(pair[0]) - _first_byte(pair[1]) for pair in (first, views[-1])]
+            distances = [_first_byte(ours) - _first_byte(theirs) for ours, theirs in (views[0], views[-1])]
             assert distances[0] == distances[1], f"{path}: lies elsewhere in its storage"
 
     def _storages(self, found: torch.UntypedStorage, expected: torch.UntypedStorage, path: str) -> None:
@@ -87,6 +88,29 @@ class Comparison:
         for views in self._views.values():
             for tensor in views[0] if views else ():
                 used_bytes(tensor).bitwise_xor_(0x55)
+
+
+def _parts(tensor: torch.Tensor) -> dict[str, Any]:
+    """What a tensor that is more than a view of one storage is made of."""
+    if tensor.is_nested:
+        if tensor.layout is torch.jagged:
+            return {"values": tensor.values(), "offsets": tensor.offsets()}
+        return {"parts": list(tensor.unbind())}
+    parts: dict[str, Any] = {"shape": tensor.shape}
+    if tensor.layout is torch.sparse_coo:
+        names = ["is_coalesced", "indices", "values"]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        names = ["crow_indices", "col_indices", "values"]
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        names = ["ccol_indices", "row_indices", "values"]
+    else:
+        parts["scheme"] = str(tensor.qscheme())
+        names = ["stride", "int_repr"]
+        if "channel" in parts["scheme"]:
+            names += ["q_per_channel_scales", "q_per_channel_zero_points", "q_per_channel_axis"]
+        else:
+            names += ["q_scale", "q_zero_point"]
+    return parts | {name: getattr(tensor, name)() for name in names}
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -117,6 +141,12 @@ def used_bytes(tensor: torch.Tensor) -> torch.Tensor:
     span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     start = _first_byte(tensor)
     return raw_bytes(tensor)[start : start + span * tensor.element_size()]
+
+
+def _untyped(value: Any) -> Any:
+    # torch.load brings an UntypedStorage back as a TypedStorage of bytes.
+    storage = untyped_storage_of(value)
+    return value if storage is None else storage
 
 
 def _first_byte(tensor: torch.Tensor) -> int:

@@ -1,0 +1,105 @@
+"""Tensors that are loaded into: which bytes may go straight to them, and what is said of them when a load fails."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from lastgood._loading.values import byte_range
+from lastgood.errors import CorruptCheckpointError
+from lastgood.format.archive import corrupt
+from lastgood.format.index import InvalidIndexError, OpaqueNode, TensorNode, element_span
+
+_SHOWN_TARGETS = 5
+
+
+def split_targets(
+    targets: Sequence[tuple[torch.Tensor, TensorNode | OpaqueNode]],
+) -> tuple[list[tuple[torch.Tensor, TensorNode]], list[tuple[torch.Tensor, TensorNode | OpaqueNode]]]:
+    """The targets whose memory the saved bytes can be read straight into, at the same time, and in order all others.
+
+    A target that shares memory with another one is among the others, so that the last one wins, as with assignments;
+    only of targets that are the same memory for the same saved bytes (tied weights) one is enough.
+    """
+    direct: dict[int, tuple[torch.Tensor, TensorNode]] = {}
+    spans: list[tuple[int, int, int]] = []
+    seen: set[tuple[int, int, int, int]] = set()
+    others: set[int] = set()
+    for number, (tensor, node) in enumerate(targets):
+        if _has_address(tensor) and tensor.numel():
+            address, span = tensor.data_ptr(), element_span(tuple(tensor.shape), tensor.stride())
+            spans.append((address, address + span * tensor.itemsize, number))
+        if not isinstance(node, TensorNode) or not can_read_into(tensor, node):
+            others.add(number)
+            continue
+        start, end = byte_range(node)
+        if start == end:
+            continue
+        place = (tensor.data_ptr(), node.storage, start, end)
+        if place in seen:
+            spans.pop()
+            continue
+        seen.add(place)
+        direct[number] = (tensor, node)
+    for number in _overlapping(spans):
+        if direct.pop(number, None) is not None:
+            others.add(number)
+    return list(direct.values()), [targets[number] for number in sorted(others)]
+
+
+def _overlapping(spans: list[tuple[int, int, int]]) -> set[int]:
+    """The numbers of the spans (start, end, number) that overlap another one."""
+    spans.sort()
+    found: set[int] = set()
+    furthest, owner = 0, -1
+    for start, end, number in spans:
+        if start < furthest:
+            found |= {number, owner}
+        if end > furthest:
+            furthest, owner = end, number
+    return found
+
+
+def can_read_into(target: torch.Tensor, node: TensorNode) -> bool:
+    """Whether the saved bytes, as they are, are the target's bytes."""
+    if not _has_address(target) or target.is_conj() or target.is_neg() or "c" in node.flags or "n" in node.flags:
+        return False
+    stride = target.stride()
+    if any(size > 1 and step != saved for size, step, saved in zip(node.shape, stride, node.stride, strict=True)):
+        return False
+    # Dense: a gap between the target's elements belongs to somebody else.
+    return element_span(node.shape, node.stride) == target.numel()
+
+
+def _has_address(tensor: torch.Tensor) -> bool:
+    is_plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+    return is_plain and tensor.device.type == "cpu" and tensor.layout is torch.strided
+
+
+def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy the values, unseen by autograd but for the version counter."""
+    with torch.inference_mode() if target.is_inference() else torch.no_grad():
+        target.copy_(source)
+
+
+@contextmanager
+def naming_undefined_targets(path: str, targets: list[str]) -> Iterator[None]:
+    """Around the part of a load that changes targets: whatever goes wrong in it says which may be half changed."""
+    shown = ", ".join(targets[:_SHOWN_TARGETS])
+    if len(targets) > _SHOWN_TARGETS:
+        shown += f" and {len(targets) - _SHOWN_TARGETS} more"
+    note = f"These targets may hold partly read data and must be loaded again before use: {shown}."
+    try:
+        yield
+    except (CorruptCheckpointError, InvalidIndexError) as error:
+        if isinstance(error, InvalidIndexError):
+            error = corrupt(path, f"its index describes what cannot be: {error}")
+        if not targets:
+            raise error from error.__cause__
+        raise CorruptCheckpointError(
+            f"{error} {note}", undefined_targets=tuple(targets), path=error.path, tensor=error.tensor
+        ) from error
+    except BaseException as error:
+        if targets:
+            error.add_note(note)
+        raise

@@ -1,0 +1,320 @@
+"""Kinds of values that deserve a name: each saved to a real file, and compared with what torch brings back."""
+
+import argparse
+import collections
+import copy
+import dataclasses
+import enum
+import functools
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lastgood
+from lastgood._opaque import UnsafeValueWarning
+from lastgood.errors import UnsafeCheckpointError
+from lastgood.format.spec import MAX_INDEX_DEPTH
+from tests.unit.capture.comparing import assert_same
+from tests.unit.capture.files import is_safe, loaded_by_torch, loaded_by_us, save_and_listen
+
+pytestmark = [
+    # What torch says when such tensors are made, or loaded again.
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
+    pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions"),
+    pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor support is in beta"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+]
+
+
+class Labelled(torch.Tensor):
+    """A tensor subclass as users write them."""
+
+
+class Flavour(enum.Enum):
+    STRANGE = 3
+
+
+@dataclasses.dataclass
+class Progress:
+    step: int
+    history: list[int]
+
+
+Point = collections.namedtuple("Point", "x y")
+
+
+def check(state: Any, folder: Path) -> None:
+    """Comes back as from torch.save, safely where torch's own file loads safely; warned of where it does not."""
+    ours, theirs = folder / "ours.pt", folder / "theirs.pt"
+    warnings = save_and_listen(state, ours)
+    torch.save(state, theirs)
+    safe = is_safe(theirs)
+    assert bool(warnings) == (not safe)
+    for loaded in loaded_by_torch(ours, safe=safe):
+        assert_same(loaded, torch.load(theirs, weights_only=safe))
+    if safe:
+        for loaded in loaded_by_us(ours):
+            assert_same(loaded, torch.load(theirs, weights_only=True))
+
+
+def values() -> torch.Tensor:
+    return torch.arange(24, dtype=torch.float32).reshape(4, 6) / 7 - 1
+
+
+def with_attributes(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.partition = {"axis": 0, "owners": [1, 2]}  # type: ignore[attr-defined]
+    tensor.twin = torch.ones(2)  # type: ignore[attr-defined]
+    return tensor
+
+
+def jagged() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2, 4), torch.zeros(3, 4)], layout=torch.jagged)
+
+
+SCALES, ZEROS = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0, 1, 2, 3])
+
+SPECIAL_TENSORS: dict[str, Callable[[], Any]] = {
+    "quantised, a tensor at a time": lambda: torch.quantize_per_tensor(values(), 0.1, 3, torch.quint8),
+    "quantised, a part of one": lambda: torch.quantize_per_tensor(values(), 0.1, 3, torch.qint32)[1:3, 2:],
+    "quantised, transposed": lambda: torch.quantize_per_tensor(values(), 0.1, 3, torch.qint8).t(),
+    "quantised, a channel at a time": lambda: torch.quantize_per_channel(values(), SCALES, ZEROS, 0, torch.qint8),
+    "quantised, channels with float zero points": lambda: torch.quantize_per_channel(
+        values(), SCALES, ZEROS.float(), 0, torch.quint8
+    ),
+    "quantised to 4 bits": lambda: torch.quantize_per_channel(values(), SCALES, ZEROS.float(), 0, torch.quint4x2),
+    "quantised to 2 bits": lambda: torch.quantize_per_tensor(values(), 0.1, 3, torch.quint2x4),
+    "sparse COO": lambda: values().relu().to_sparse().coalesce(),
+    "sparse COO that requires grad": lambda: values().relu().to_sparse().coalesce().requires_grad_(),
+    "sparse COO with dense parts": lambda: torch.sparse_coo_tensor(
+        torch.tensor([[0, 2]]), torch.ones(2, 3), (4, 3), is_coalesced=True, check_invariants=True
+    ),
+    "sparse CSR": lambda: values().relu().to_sparse_csr(),
+    "sparse CSC": lambda: values().relu().to_sparse_csc(),
+    "sparse BSR": lambda: values().relu().to_sparse_bsr((2, 3)),
+    "sparse BSC": lambda: values().relu().to_sparse_bsc((2, 3)),
+    "nested, strided": lambda: torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)], layout=torch.strided),
+    "nested, jagged": jagged,
+    "a tensor subclass": lambda: values().as_subclass(Labelled),
+    "a view of a tensor subclass": lambda: values().as_subclass(Labelled)[1:3, ::2],
+    "a tensor with attributes": lambda: with_attributes(values()),
+    "a tensor with attributes that requires grad": lambda: with_attributes(values().requires_grad_()),
+    "a Parameter with attributes": lambda: with_attributes(torch.nn.Parameter(values())),
+    "a frozen Parameter with attributes": lambda: with_attributes(torch.nn.Parameter(values(), requires_grad=False)),
+    "a Buffer": lambda: torch.nn.Buffer(values()),
+    "a raw storage": lambda: values().untyped_storage(),
+    "float4": lambda: torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    "70 dimensions": lambda: torch.ones([1] * 70),
+    "a hole in the middle": lambda: torch.arange(100)[::33],
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL_TENSORS)
+def test_a_special_tensor_comes_back_as_from_torch_save(name: str, tmp_path: Path) -> None:
+    tensor = SPECIAL_TENSORS[name]()
+    check({"layers": [tensor, {"again": tensor}], "plain": torch.ones(3)}, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["sparse COO", "sparse CSR", "quantised, a channel at a time", "nested, jagged"])
+def test_parts_of_special_tensors_share_memory_with_plain_ones(layout: str, tmp_path: Path) -> None:
+    tensor = SPECIAL_TENSORS[layout]()
+    part = tensor.q_per_channel_scales() if tensor.is_quantized else tensor.values()
+    check({"before": part[1:], "whole": tensor, "after": part[:1]}, tmp_path)
+
+
+def test_empty_memory_may_be_of_any_dtype(tmp_path: Path) -> None:
+    nothing = torch.empty(0, dtype=torch.int64)
+    empty = torch.sparse_coo_tensor(torch.empty(1, 0), nothing.view(torch.float32), (5,), check_invariants=True)
+    special = nothing.view(torch.float16)
+    special.note = "opaque"  # type: ignore[attr-defined]
+    check({"sparse": empty.coalesce(), "plain": nothing, "special": special, "bytes": nothing.view(torch.uint8)}, tmp_path)
+
+
+def test_uncoalesced_sparse_tensors_stay_uncoalesced(tmp_path: Path) -> None:
+    tensor = torch.sparse_coo_tensor(torch.tensor([[1, 1, 0]]), torch.tensor([1.0, 2.0, 3.0]), (3,), check_invariants=True)
+    lastgood.save({"gradient": tensor}, tmp_path / "file.pt")
+    for loaded in (*loaded_by_torch(tmp_path / "file.pt", safe=True), *loaded_by_us(tmp_path / "file.pt")):
+        assert not loaded["gradient"].is_coalesced()
+        assert loaded["gradient"].to_dense().tolist() == [3.0, 3.0, 0.0]
+
+
+def test_a_real_training_state_comes_back_and_trains_on_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01), amsgrad=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.arange(12.0).reshape(3, 4)).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+
+    step()
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    state = {name: part.state_dict() for name, part in parts.items()} | {"epoch": 1, "rng": torch.get_rng_state()}
+    check(state, tmp_path)
+    step()
+    expected = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+    loaded = lastgood.load(tmp_path / "ours.pt")
+    for name, part in parts.items():
+        part.load_state_dict(loaded[name])
+    step()
+    assert_same({name: part.state_dict() for name, part in parts.items()}, expected)
+
+
+def test_a_parameter_in_the_optimizer_state_stays_the_model_s(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    state = {
+        "model": OrderedDict(weight=weight.detach(), tied=weight),
+        "optimizer": {"state": {0: {"master": weight, "slow": weight.data[1:]}, weight: {"step": 3}}},
+    }
+    check(state, tmp_path)
+
+
+# Structure
+
+
+def test_a_list_that_contains_itself(tmp_path: Path) -> None:
+    endless: list[Any] = [1, torch.ones(2)]
+    endless.append({"inner": (endless,)})
+    lastgood.save({"endless": endless, "first": endless[1]}, tmp_path / "file.pt")
+    for loaded in (*loaded_by_torch(tmp_path / "file.pt", safe=True), *loaded_by_us(tmp_path / "file.pt")):
+        assert loaded["endless"][2]["inner"][0] is loaded["endless"]
+        assert loaded["endless"][1] is loaded["first"]
+        assert loaded["first"].tolist() == [1.0, 1.0]
+
+
+def test_a_dict_that_is_its_own_attribute(tmp_path: Path) -> None:
+    state: OrderedDict[str, Any] = OrderedDict(weight=torch.ones(2))
+    state.owner = state  # type: ignore[attr-defined]
+    lastgood.save(state, tmp_path / "file.pt")
+    for loaded in (*loaded_by_torch(tmp_path / "file.pt", safe=True), *loaded_by_us(tmp_path / "file.pt")):
+        assert loaded.owner is loaded
+        assert loaded["weight"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict, set])
+@pytest.mark.parametrize("depth", [MAX_INDEX_DEPTH - 2, MAX_INDEX_DEPTH - 1, MAX_INDEX_DEPTH, MAX_INDEX_DEPTH + 50])
+def test_nesting_around_and_beyond_what_the_index_describes(kind: type, depth: int, tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    if kind is set:
+        nested: Any = "innermost"
+        for _ in range(depth):
+            nested = (nested,)
+        nested = {nested}
+    else:
+        nested = [shared[1:]]
+        for _ in range(depth):
+            nested = {"inner": nested} if kind is dict else kind([nested])
+    check({"nested": nested, "shared": shared}, tmp_path)
+
+
+def test_nesting_deeper_than_python_can_follow_is_refused(tmp_path: Path) -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(lastgood.errors.UnsupportedStateError, match="recursion"):
+        lastgood.save({"nested": nested}, tmp_path / "file.pt")
+    assert not any(tmp_path.iterdir())
+    while nested:  # Python would free it by recursion too
+        nested = nested.pop()
+
+
+@pytest.mark.parametrize("state", [torch.ones(3), [1, 2], (), None, 3.5, "text", torch.nn.Parameter(torch.ones(2))])
+def test_a_state_need_not_be_a_dict(state: Any, tmp_path: Path) -> None:
+    check(state, tmp_path)
+
+
+def test_objects_that_two_opaque_values_share_stay_shared(tmp_path: Path) -> None:
+    common, weight = [1, 2], torch.arange(4.0)
+    state = {
+        "one": argparse.Namespace(common=common, tail=weight[2:]),
+        "two": Counter(a=1),
+        "three": argparse.Namespace(common=common, head=weight[:2]),
+        "weight": weight,
+    }
+    with pytest.warns(UnsafeValueWarning):
+        lastgood.save(state, tmp_path / "file.pt")
+    for loaded in loaded_by_torch(tmp_path / "file.pt", safe=False):
+        assert loaded["one"].common is loaded["three"].common
+        loaded["weight"][:] = 7
+        assert loaded["one"].tail.tolist() == loaded["three"].head.tolist() == [7.0, 7.0]
+
+
+# Values that a safe load refuses
+
+UNSAFE: dict[str, tuple[Any, str]] = {
+    "namespace": (argparse.Namespace(lr=0.1, layers=[1, 2]), "argparse.Namespace"),
+    "dataclass": (Progress(3, [1, 2]), f"{Progress.__module__}.Progress"),
+    "numpy array": (np.arange(6).reshape(2, 3), "numpy"),
+    "numpy scalar": (np.float64(2.5), "numpy"),
+    "partial": (functools.partial(int, base=2), "functools.partial"),
+    "enum": (Flavour.STRANGE, f"{Flavour.__module__}.Flavour"),
+    "defaultdict": (defaultdict(list, a=[1]), "collections.defaultdict"),
+    "named tuple": (Point(1, 2), f"{Point.__module__}.Point"),
+    "frozenset": (frozenset({1, 2}), "frozenset"),
+    "path": (Path("some/where"), "pathlib"),
+    "function": (copy.deepcopy, "copy.deepcopy"),
+}
+
+
+def comparable(value: Any) -> Any:
+    """The value in a form in which == compares all of it."""
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_a_value_that_a_safe_load_refuses_is_warned_of_by_its_key(name: str, tmp_path: Path) -> None:
+    value, named = UNSAFE[name]
+    path = tmp_path / "file.pt"
+    with pytest.warns(UnsafeValueWarning) as caught:
+        lastgood.save({"config": [0, {name: value}], "weight": torch.ones(2)}, path)
+    (warning,) = caught
+    assert f"'config[1].{name}'" in str(warning.message)
+    assert named in str(warning.message)
+    assert warning.filename == __file__, "the warning names the line that called save"
+    for loaded in loaded_by_torch(path, safe=False):
+        assert type(loaded["config"][1][name]) is type(value)
+        assert comparable(loaded["config"][1][name]) == comparable(value)
+    assert not is_safe(path)
+    with pytest.raises(UnsafeCheckpointError):
+        lastgood.load(path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Counter("abca"), torch.Size([2, 3]), torch.device("cuda:1"), torch.bfloat16, {(1, "a"), None, b"x"}, bytearray(b"x")],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_value_that_a_safe_load_takes_is_not_warned_of(value: Any, tmp_path: Path) -> None:
+    assert save_and_listen({"value": value}, tmp_path / "file.pt") == []
+    for loaded in (*loaded_by_torch(tmp_path / "file.pt", safe=True), *loaded_by_us(tmp_path / "file.pt")):
+        assert_same(loaded["value"], value)
+
+
+def test_an_allowed_class_is_not_warned_of_and_loads(tmp_path: Path) -> None:
+    value = argparse.Namespace(lr=0.1, weight=torch.ones(2))
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        assert save_and_listen({"value": value}, tmp_path / "file.pt") == []
+        for loaded in (*loaded_by_torch(tmp_path / "file.pt", safe=True), *loaded_by_us(tmp_path / "file.pt")):
+            assert_same(vars(loaded["value"]), vars(value))
+
+
+def test_an_unsafe_key_is_warned_of_by_its_path(tmp_path: Path) -> None:
+    (warning,) = save_and_listen({"steps": {np.int64(3): "three"}}, tmp_path / "file.pt")
+    assert "'steps.3'" in warning
+    assert torch.load(tmp_path / "file.pt", weights_only=False) == {"steps": {3: "three"}}
+
+
+def test_a_key_that_python_refuses_to_print(tmp_path: Path) -> None:
+    state = {10**5000: {"value": torch.ones(1)}}
+    lastgood.save(state, tmp_path / "file.pt")
+    assert lastgood.load(tmp_path / "file.pt") == state

@@ -1,0 +1,122 @@
+"""Waiting with a limit, and running tasks on threads."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from lastgood._threads import call_with_timeout, run_all
+
+
+class TooLateError(Exception):
+    pass
+
+
+@pytest.fixture
+def never() -> Iterator[threading.Event]:
+    """An event that happens only once the test is over, so that no thread is left waiting for it."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_call_returns_what_it_returns() -> None:
+    assert call_with_timeout(lambda: (1, None), 60, TooLateError, name="test") == (1, None)
+    assert call_with_timeout(lambda: None, 60, TooLateError, name="test") is None
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), SystemExit(3)])
+def test_a_call_raises_what_it_raises(error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        call_with_timeout(fail, 60, TooLateError, name="test")
+    assert caught.value is error
+    # The place that failed is in the traceback.
+    assert "fail" in [entry.name for entry in caught.traceback]
+
+
+def test_a_call_that_takes_too_long_is_given_up(never: threading.Event) -> None:
+    with pytest.raises(TooLateError) as caught:
+        call_with_timeout(never.wait, 0.05, TooLateError, name="test")
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_it_runs_in_a_named_daemon_thread() -> None:
+    thread = call_with_timeout(threading.current_thread, 60, TooLateError, name="test")
+    assert thread is not threading.current_thread()
+    assert thread.daemon
+    assert thread.name == "lastgood-test-0"
+
+
+def test_all_tasks_run_several_at_a_time() -> None:
+    together = threading.Barrier(3)
+    done: list[int] = []
+
+    def run(task: int) -> None:
+        together.wait(60)
+        done.append(task)
+
+    run_all(range(9), run, 3, 60, TooLateError, name="test")
+    assert sorted(done) == list(range(9))
+
+
+def test_nothing_to_do() -> None:
+    run_all([], lambda task: None, 3, 60, TooLateError, name="test")
+
+
+def test_after_a_failure_nothing_more_is_begun_and_the_first_one_counts() -> None:
+    begun: list[int] = []
+    second_failed = threading.Event()
+
+    def run(task: int) -> None:
+        begun.append(task)
+        if task == 1:
+            second_failed.set()
+            raise ValueError("the second")
+        if task == 0:
+            second_failed.wait(60)
+            raise ValueError("the first")
+
+    with pytest.raises(ValueError, match="the first"):
+        run_all(range(100), run, 2, 60, TooLateError, name="test")
+    assert sorted(begun) == [0, 1]
+
+
+def test_a_task_that_hangs_is_given_up_and_no_other_is_begun(never: threading.Event) -> None:
+    begun: list[int] = []
+
+    def run(task: int) -> None:
+        begun.append(task)
+        never.wait()
+
+    with pytest.raises(TooLateError):
+        run_all(range(10), run, 2, 0.05, TooLateError, name="test")
+    never.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("lastgood-test"):
+            thread.join(60)
+    assert sorted(begun) == [0, 1]
+
+
+def test_progress_counts_not_the_whole() -> None:
+    """Each task takes less than the limit, all together more."""
+    run_all(range(8), lambda task: threading.Event().wait(0.15), 1, 1, TooLateError, name="test")
+
+
+def test_a_call_given_up_does_not_keep_the_interpreter_from_exiting() -> None:
+    code = """
+import threading
+from lastgood._threads import call_with_timeout
+try:
+    call_with_timeout(threading.Event().wait, 0.01, lambda: TimeoutError("late"), name="test")
+except TimeoutError:
+    print("given up")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout == "given up\n"
+    assert run.stderr == ""
