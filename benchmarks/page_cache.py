@@ -8,8 +8,12 @@ from collections.abc import Sequence
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+class PageCacheError(RuntimeError):
+    """The page cache cannot be brought into the state that a measurement needs."""
+
+
 def make_cold(paths: Sequence[str]) -> None:
-    """Drop the files from the page cache. Raises ``RuntimeError`` if the kernel keeps many of their pages."""
+    """Drop the files from the page cache. Raises :class:`PageCacheError` if the kernel keeps many of their pages."""
     for path in paths:
         descriptor = os.open(path, os.O_RDWR)
         try:
@@ -19,11 +23,11 @@ def make_cold(paths: Sequence[str]) -> None:
             os.close(descriptor)
         share = cached_share(path)
         if share > 0.01:
-            raise RuntimeError(f"{share:.0%} of {path} stayed in the page cache: no cold read can be measured")
+            raise PageCacheError(f"{share:.0%} of a file stayed in the page cache: no cold read can be measured")
 
 
 def make_warm(paths: Sequence[str]) -> None:
-    """Bring the files into the page cache. Raises ``RuntimeError`` if they do not stay there."""
+    """Bring the files into the page cache. Raises :class:`PageCacheError` if they do not stay there."""
     for path in paths:
         if cached_share(path) < 1:
             with open(path, "rb", buffering=0) as file:
@@ -32,7 +36,7 @@ def make_warm(paths: Sequence[str]) -> None:
                     pass
         share = cached_share(path)
         if share < 0.99:
-            raise RuntimeError(f"only {share:.0%} of {path} stays in the page cache: no warm read can be measured")
+            raise PageCacheError(f"only {share:.0%} of a file stays in the page cache: no warm read can be measured")
 
 
 def cached_share(path: str) -> float:

@@ -85,14 +85,15 @@ def section_text(section: Section) -> str:
                 f"{section.nbytes / median / 1e9:.2f} GB/s" if section.moves_data else "",
             )
         )
-    rounds = len(next(iter(section.results.values())).seconds)
-    lines = [f"{section.title} ({_megabytes(section.nbytes)} of tensors, {rounds} rounds)"]
+    rounds = max((len(samples.seconds) for samples in section.results.values()), default=0)
+    lines = [f"{section.title} ({_megabytes(section.nbytes)} of tensors; rounds: {rounds})"]
     lines += _table(rows, figures=(1, 2, 3, 4))
-    if section.aims:
+    comparable = [
+        aim for aim in section.aims if aim.ours in section.results and set(aim.theirs) & section.results.keys()
+    ]
+    if comparable:
         aims = [("speed of", "against that of", "aimed at", "this run", "min - max", "")]
-        for aim in section.aims:
-            if aim.ours not in section.results or not set(aim.theirs) & section.results.keys():
-                continue
+        for aim in comparable:
             found = compare(aim, section.results)
             aims.append(
                 (

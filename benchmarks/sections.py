@@ -16,7 +16,6 @@ from states import State, empty_copy, require_same, small_tensors_state
 from timing import Contender, measure_in_turns
 
 SMALL_TENSORS = 100_000
-SMALL_WARM_UP = 1_000
 MEMORY_LIMIT = 64 << 20
 LIMIT_SHARE = 0.9
 
@@ -124,17 +123,8 @@ def measure_small_tensors(directory: str, rounds: int) -> list[Section]:
     state = small_tensors_state(SMALL_TENSORS)
     contenders = _save_contenders(save_names, state, directory)
     aims = [Aim(savers.LASTGOOD, (savers.TORCH,), 10.0)]
-    found.append(
-        _section(
-            "small_save",
-            "durable save of 100,000 small tensors",
-            state.nbytes,
-            contenders,
-            rounds,
-            aims,
-            moves_data=False,
-        )
-    )
+    title = "durable save of 100,000 small tensors"
+    found.append(_section("small_save", title, state.nbytes, contenders, rounds, aims, moves_data=False))
     files = files_of_savers(save_names, state, directory)
     contenders = _load_contenders(chosen, state, files, make_cold)
     aims = [Aim(loaders.LASTGOOD, (loaders.TORCH,), 10.0)]
@@ -172,7 +162,7 @@ def _section(
     *,
     moves_data: bool = True,
 ) -> Section:
-    results, left_out = measure_in_turns(title, contenders, rounds)
+    results, left_out = measure_in_turns(title, nbytes, contenders, rounds)
     return Section(key, title, nbytes, results, aims, moves_data, left_out)
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import mmap
 import os
 import resource
 import sys
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from page_cache import PageCacheError
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,21 @@ class Samples:
 Results = dict[str, Samples]
 
 
-def measure_in_turns(what: str, contenders: Sequence[Contender], rounds: int) -> tuple[Results, dict[str, str]]:
+def measure_in_turns(
+    what: str, nbytes: int, contenders: Sequence[Contender], rounds: int
+) -> tuple[Results, dict[str, str]]:
     """Run every contender once unmeasured, checking its result, then ``rounds`` times: A B C A B C ...
 
-    Returns the samples, and for each contender that could not take part the reason.
+    Each finds as much memory at hand as ``nbytes`` of data need. Returns the samples, and for each contender that
+    could not take part the reason.
     """
     left_out: dict[str, str] = {}
     for contender in contenders:
         _progress(f"{what}: warming up: {contender.name}")
         try:
-            _run_once(contender, check=True)
+            _run_once(contender, nbytes, check=True)
         except Exception as error:
-            if contender.required:
+            if contender.required and not isinstance(error, PageCacheError):
                 raise
             left_out[contender.name] = f"{type(error).__name__}: {error}"
     running = [contender for contender in contenders if contender.name not in left_out]
@@ -55,16 +61,16 @@ def measure_in_turns(what: str, contenders: Sequence[Contender], rounds: int) ->
     for number in range(1, rounds + 1):
         for contender in running:
             _progress(f"{what}: round {number} of {rounds}: {contender.name}")
-            seconds, cpu_seconds = _run_once(contender, check=False)
+            seconds, cpu_seconds = _run_once(contender, nbytes, check=False)
             results[contender.name].seconds.append(seconds)
             results[contender.name].cpu_seconds.append(cpu_seconds)
     _progress("")
     return results, left_out
 
 
-def _run_once(contender: Contender, *, check: bool) -> tuple[float, float]:
+def _run_once(contender: Contender, nbytes: int, *, check: bool) -> tuple[float, float]:
     contender.before()
-    _settle()
+    _settle(nbytes)
     try:
         seconds, cpu_seconds, result = _timed(contender.run)
         if check:
@@ -86,10 +92,21 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _settle() -> None:
+def _settle(nbytes: int) -> None:
     """The same start for everyone: no garbage, no memory kept by the allocator, no dirty pages of somebody else."""
     release_memory()
     os.sync()
+    _touch_memory(nbytes + nbytes // 4)
+
+
+def _touch_memory(nbytes: int) -> None:
+    """Use memory once and free it. A virtual machine may have given its free memory back to the host, and getting
+    it again can take longer than a whole load: chance would decide who pays for that."""
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        first = ctypes.c_char.from_buffer(memory)
+        ctypes.memset(ctypes.addressof(first), 1, nbytes)
+        del first  # the mapping cannot be closed while something points into it
 
 
 def release_memory() -> None:

@@ -1,5 +1,6 @@
 """Storage that hangs: every call is given up in time, and nothing is left behind when it comes back after all."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -187,6 +188,27 @@ def test_the_failure_of_a_writing_thread_comes_out_as_it_is(
     assert isinstance(caught.value.__cause__, OSError)
     assert contents(tmp_path) == before
     assert len(ops.of("fsync")) == (operation == "fsync")  # hazard 9: never a second attempt
+
+
+@pytest.mark.parametrize("operation", ["pwrite", "fsync"])
+def test_hazard_18a_a_save_interrupted_by_a_signal_publishes_nothing(
+    tmp_path: Path, ops: RecordingFileOps, operation: str
+) -> None:
+    save(tmp_path, 1)
+    before = contents(tmp_path)
+    over = threading.Event()
+
+    def interrupted(real: Any, *arguments: Any) -> Any:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # as Ctrl-C does
+        over.wait()
+        return real(*arguments)
+
+    ops.replace_call(operation, interrupted)
+    patient = CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1), storage=LocalStorage(ops))
+    with pytest.raises(KeyboardInterrupt):
+        patient.write(str(tmp_path), state_of(2))
+    over.set()
+    assert contents(tmp_path) == before
 
 
 def test_hazard_09_a_failed_fsync_is_never_repeated(tmp_path: Path, ops: RecordingFileOps) -> None:

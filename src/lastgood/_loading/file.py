@@ -11,7 +11,7 @@ from lastgood._loading.foreign_into import load_foreign_into
 from lastgood._loading.merge import Merge
 from lastgood._loading.opaque_values import OpaqueValues, load_opaque_values
 from lastgood._loading.records import read_parts, read_whole
-from lastgood._loading.targets import copy_into, naming_undefined_targets, split_targets
+from lastgood._loading.targets import copy_into, in_pieces, naming_undefined_targets, split_targets
 from lastgood._loading.values import (
     MapLocation,
     ObjectTable,
@@ -31,7 +31,7 @@ from lastgood.format.stream import native_byteorder
 from lastgood.storage.base import StoredFile
 
 STAGED_BYTES = 32 * 1024 * 1024
-"""Tensors that cannot be read straight into their targets pass through memory in batches of about this size."""
+"""Tensors that cannot be read straight into their targets pass through memory in batches of at most this size."""
 
 
 def load_file(
@@ -185,14 +185,14 @@ def _load_staged(
         if isinstance(node, OpaqueNode):
             copy_into(tensor, opaque(node))
             continue
-        batch.append((tensor, node))
-        start, end = byte_range(node)
-        size += end - start
-        if size >= STAGED_BYTES:
-            _load_batch(archive, batch, check=check)
-            batch, size = [], 0
-    if batch:
-        _load_batch(archive, batch, check=check)
+        for piece, piece_node in in_pieces(tensor, node, STAGED_BYTES):
+            start, end = byte_range(piece_node)
+            if size + end - start > STAGED_BYTES:
+                _load_batch(archive, batch, check=check)
+                batch, size = [], 0
+            batch.append((piece, piece_node))
+            size += end - start
+    _load_batch(archive, batch, check=check)
 
 
 def _load_batch(archive: Archive, batch: list[tuple[torch.Tensor, TensorNode]], *, check: bool) -> None:

@@ -76,6 +76,26 @@ def _has_address(tensor: torch.Tensor) -> bool:
     return is_plain and tensor.device.type == "cpu" and tensor.layout is torch.strided
 
 
+def in_pieces(target: torch.Tensor, node: TensorNode, largest: int) -> Iterator[tuple[torch.Tensor, TensorNode]]:
+    """The same load in parts of at most ``largest`` saved bytes each, where the target can be divided."""
+    start, end = byte_range(node)
+    if end - start <= largest or type(target) not in (torch.Tensor, torch.nn.Parameter):
+        yield target, node
+        return
+    # Along the dimension in which the saved elements lie furthest apart.
+    step, dimension = max((step, number) for number, step in enumerate(node.stride) if node.shape[number] > 1)
+    itemsize = (end - start) // element_span(node.shape, node.stride)
+    length = node.shape[dimension]
+    count = min(max(1, largest // (step * itemsize)), length - 1)
+    for first in range(0, length, count):
+        size = min(count, length - first)
+        shape = (*node.shape[:dimension], size, *node.shape[dimension + 1 :])
+        part = TensorNode(node.storage, node.dtype, node.offset + first * step, shape, node.stride, node.flags)
+        with torch.no_grad():
+            inner = target.detach().narrow(dimension, first, size)
+        yield from in_pieces(inner, part, largest)
+
+
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy the values, unseen by autograd but for the version counter."""
     with torch.inference_mode() if target.is_inference() else torch.no_grad():

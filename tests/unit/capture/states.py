@@ -13,6 +13,8 @@ TYPED = (
     "uint16 uint32 uint64 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
 )
 DTYPES: list[torch.dtype] = [getattr(torch, name) for name in TYPED.split() if hasattr(torch, name)]
+FLOATING = [dtype for dtype in DTYPES if dtype.is_floating_point or dtype.is_complex]
+COMPLEX = [torch.complex32, torch.complex64, torch.complex128]
 
 _TEXT = st.text(st.characters(exclude_categories=()), max_size=6)
 _INTEGERS = st.one_of(
@@ -73,7 +75,7 @@ class _Maker:
 
     def mapping(self, kind: type, depth: int) -> Any:
         """A dict or an OrderedDict of values."""
-        keys = self._draw(st.lists(_NAMES if self._chance(2) else _KEYS, max_size=4, unique_by=lambda key: key))
+        keys = self._draw(st.lists(_NAMES if self._chance(2) else _KEYS, min_size=depth == 0, max_size=5, unique=True))
         value = kind((key, self._value(depth + 1)) for key in keys)
         if kind is OrderedDict and self._chance(2):
             # As torch.nn.Module.state_dict() does.
@@ -81,7 +83,7 @@ class _Maker:
         return value
 
     def _value(self, depth: int) -> Any:
-        kinds = [self._tensor, self._tensor, lambda: self._draw(_SCALARS), self._plain]
+        kinds = [self._tensor, self._tensor, self._tensor, lambda: self._draw(_SCALARS), self._plain]
         if depth < 4:
             kinds += [lambda: self._container(depth), lambda: self._container(depth)]
         if self._containers:
@@ -126,21 +128,23 @@ class _Maker:
     def _tensor(self) -> Any:
         if self._tensors and self._chance(6):
             return self._one_of(self._tensors)
-        tensor = self._view()
-        kind = self._draw(st.sampled_from(["", "", "", "parameter", "grad", "bits", "attribute", "sparse", "storage"]))
+        kind = self._draw(st.sampled_from(["", "", "parameter", "grad", "conj", "neg", "attribute", "sparse", "storage"]))
+        if kind in ("conj", "neg"):
+            # The imaginary part of a conjugate is a real tensor with the negative bit.
+            conjugate = self._view(COMPLEX[kind == "neg" :]).conj()
+            tensor = conjugate.imag if kind == "neg" else conjugate
+        elif kind == "sparse":
+            tensor = self._sparse(self._view([torch.float32, torch.int64]))
+        elif kind == "parameter":
+            tensor = self._view(DTYPES)
+            differentiable = tensor.is_floating_point() or tensor.is_complex()
+            tensor = torch.nn.Parameter(tensor, requires_grad=differentiable and self._chance(2))
+        elif kind == "grad":
+            tensor = self._view(FLOATING).requires_grad_()
+        else:
+            tensor = self._view(DTYPES)
         if kind == "storage" and self._chance(4):
             return tensor.untyped_storage()
-        differentiable = tensor.is_floating_point() or tensor.is_complex()
-        if kind == "bits" and tensor.is_complex():
-            # The imaginary part of a conjugate is a real tensor with the negative bit.
-            real_exists = tensor.dtype is not torch.complex32
-            tensor = tensor.conj().imag if real_exists and self._chance(2) else tensor.conj()
-        elif kind == "parameter":
-            tensor = torch.nn.Parameter(tensor, requires_grad=differentiable and self._chance(2))
-        elif kind == "grad" and differentiable:
-            tensor.requires_grad_()
-        elif kind == "sparse" and tensor.dtype in (torch.float32, torch.int64):
-            tensor = self._sparse(tensor)
         if kind == "attribute":
             tensor.note = ["remember", self._draw(_SCALARS)]  # type: ignore[attr-defined]
         self._tensors.append(tensor)
@@ -151,18 +155,18 @@ class _Maker:
         indices = torch.arange(len(values)).reshape(1, -1)
         return torch.sparse_coo_tensor(indices, values, (5,), is_coalesced=True, check_invariants=True)
 
-    def _view(self) -> torch.Tensor:
+    def _view(self, dtypes: list[torch.dtype]) -> torch.Tensor:
         """A tensor over memory of its own, or over part of what others stand on already."""
         if not self._memory or self._chance(2):
             size = self._draw(st.sampled_from([0, 16, 48, 64, 64, 160, 4096]))
             seed = self._draw(st.integers(0, 2**32))
             memory = torch.tensor(list(random.Random(seed).randbytes(size)), dtype=torch.uint8)
-            dtype = self._draw(st.sampled_from(DTYPES))
+            dtype = self._one_of(dtypes)
             self._memory.append((memory, dtype))
         else:
             memory, dtype = self._one_of(self._memory)
-            if self._chance(5):
-                dtype = self._draw(st.sampled_from(DTYPES))
+            if dtype not in dtypes or self._chance(4):
+                dtype = self._one_of(dtypes)
         return self._strided(memory.view(dtype))
 
     def _strided(self, memory: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ from tests.unit.capture.comparing import assert_same
 from tests.unit.loading.files import CountingFile, opened, raw
 
 import lastgood
-from lastgood._loading import values
+from lastgood._loading import file as file_loading
+from lastgood._loading import values as value_loading
 from lastgood._loading.file import load_file
 from lastgood.errors import ConfigError, MissingKeysError, TargetMismatchError
 from lastgood.storage.local import LocalStorage
@@ -427,6 +428,34 @@ def test_mmap_does_not_go_with_a_target(file: Path) -> None:
         lastgood.load(file, {"a": None}, mmap=True)
 
 
+def test_large_targets_of_other_strides_are_filled_in_parts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_loading, "STAGED_BYTES", 1000)
+    values = numbers(7, 50, 3, 11)
+    state = saved(
+        file,
+        {
+            "contiguous": values,
+            "permuted": values.permute(2, 0, 3, 1),
+            "gaps": values[:, ::7, :, 1::2],
+            "expanded": values[:, :, :1, :1].expand(7, 50, 9, 2),
+            "one": values[3, 4, :1, :1],
+            "conjugate": torch.complex(values, values).conj(),
+        },
+    )
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
+        target = {}
+        for name, tensor in state.items():
+            dimensions = [number for number in order if number < tensor.dim()]
+            base = torch.zeros([2 * tensor.shape[number] for number in dimensions], dtype=tensor.dtype)
+            target[name] = base[tuple(slice(None, None, 2) for _ in dimensions)].permute(
+                [dimensions.index(number) for number in range(tensor.dim())]
+            )
+            assert target[name].shape == tensor.shape
+        lastgood.load(file, target)
+        for name, tensor in state.items():
+            assert torch.equal(target[name], tensor), (name, order)
+
+
 # What is read
 
 
@@ -482,13 +511,13 @@ def test_an_interrupted_load_leaves_no_read_without_its_memory(file: Path, monke
             super().read_into(offset, target)
 
     pools: list[Any] = []
-    allocate = values.StoragePool.allocate
+    allocate = value_loading.StoragePool.allocate
 
-    def noting(pool: values.StoragePool) -> Any:
+    def noting(pool: value_loading.StoragePool) -> Any:
         pools.append(weakref.ref(pool))
         return allocate(pool)
 
-    monkeypatch.setattr(values.StoragePool, "allocate", noting)
+    monkeypatch.setattr(value_loading.StoragePool, "allocate", noting)
     with opened(file) as stored:
         with pytest.raises(lastgood.StorageError, match="gave no data"):
             load_file(StuckFile(stored))

@@ -25,7 +25,7 @@ def refused(path: Path, kind: type[Exception], match: str, rank: int = 0, world_
 
 @pytest.fixture
 def committed(tmp_path: Path) -> Path:
-    """A checkpoint of two ranks with its manifest; each rank has saved state 1."""
+    """A checkpoint of two ranks with its manifest: rank 0 has saved state 1, rank 1 state 2."""
     path = tmp_path / "committed"
     commit_together(path, 1, 2)
     assert (path / "manifest.json").exists()
@@ -84,7 +84,7 @@ def test_unknown_arguments_are_accepted(tmp_path: Path) -> None:
 
 def test_a_committed_checkpoint_is_read_by_each_rank(committed: Path) -> None:
     for rank in range(2):
-        assert_state(read(committed, rank, 2), 1)
+        assert_state(read(committed, rank, 2), 1 + rank)
 
 
 def test_several_ranks_without_a_manifest_were_never_committed(committed: Path) -> None:
@@ -92,7 +92,7 @@ def test_several_ranks_without_a_manifest_were_never_committed(committed: Path) 
     for rank in range(2):
         error = refused(committed, UncommittedCheckpointError, "never committed", rank, 2)
         assert error.rank == rank
-        assert_state(read(committed, rank, 2, allow_uncommitted=True), 1)
+        assert_state(read(committed, rank, 2, allow_uncommitted=True), 1 + rank)
 
 
 def test_independent_ranks_need_no_manifest(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_files_of_two_saves_are_never_mixed(committed: Path, tmp_path: Path, ran
     commit_together(other, 2, 2)
     shutil.copy(other / f"checkpoint_{rank}.pt", committed / f"checkpoint_{rank}.pt")
     refused(committed, CorruptCheckpointError, "another save", rank, 2)
-    assert_state(read(committed, 1 - rank, 2), 1)
+    assert_state(read(committed, 1 - rank, 2), 2 - rank)
 
 
 def test_a_file_of_the_same_state_from_another_save_is_another_file(committed: Path, tmp_path: Path) -> None:
