@@ -148,7 +148,7 @@ class OpaquePickler:
         itemsize = (dtype or arguments[0].dtype).itemsize
         if dtype is not None and arguments[4] is True:
             raise UnsupportedStateError(
-                f"the value at key {self._path!r} is or holds a tensor of {dtype} that requires grad and has attributes "
+                f"the value at key {self._path!r} is or holds a tensor of {dtype} that requires grad, with attributes "
                 "or a class of its own, which torch cannot load again; nothing was written. Save its detach().",
                 tensor=self._path,
             )

@@ -50,6 +50,8 @@ _DTYPES: dict[torch.dtype, tuple[str, int, bool]] = {
 """For each dtype that the index knows: its name, bytes an element, and whether it can carry a conjugate bit."""
 
 _SCALARS = frozenset({type(None), bool, int, float, str, bytes, bytearray, complex})
+_MAX_REPEATS = 1_000_000
+"""How often tuples of tuples may be described again."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,7 @@ def capture(state: Any) -> CapturedState:
 
 
 def _capture(state: Any) -> CapturedState:
-    walker = _Walker()
-    try:
-        root = walker.describe(state, "", 0)
-    except _CycleError:
-        walker = _Walker()
-        root = walker.describe_opaque(state, "")
+    walker, root = _describe(state, pickling=True)
     uses = walker.uses
     uses.settle()
     starts = [use.start for use in uses]
@@ -135,11 +132,19 @@ class DescribedValue:
 
 def describe_loaded(value: Any) -> DescribedValue:
     """Describe a value so that parts of it can be picked; its storages are whole, and nothing is pickled."""
-    walker = _Walker(pickling=False)
-    root = walker.describe(value, "", 0)
+    walker, root = _describe(value, pickling=False)
     index = _make_index(root, [use.entry() for use in walker.uses])
     opaque = {id(node): opaque_value for node, opaque_value, _ in walker.opaque}
     return DescribedValue(index, [use.storage for use in walker.uses], opaque)
+
+
+def _describe(value: Any, *, pickling: bool) -> "tuple[_Walker, Node]":
+    walker = _Walker(pickling=pickling)
+    try:
+        return walker, walker.describe(value, "", 0)
+    except _CycleError:
+        walker = _Walker(pickling=pickling)
+        return walker, walker.describe_opaque(value, "")
 
 
 class _CycleError(Exception):
@@ -154,6 +159,8 @@ class _Walker:
         self.tensors: list[TensorNode] = []
         self._numbers: dict[int, int] = {}
         self._open: set[int] = set()
+        self._tuples: set[int] = set()
+        self._repeats = 0
         self.opaque: list[tuple[OpaqueNode, Any, str]] = []
         self._pickling = pickling
         self._pickler = OpaquePickler(self.uses)
@@ -191,7 +198,9 @@ class _Walker:
                 return self.describe_opaque(value, path)
             self._numbers[id(value)] = len(self._numbers)
             return set_node
-        if kind is not tuple:
+        if kind is tuple:
+            self._note_tuple(value, path)
+        else:
             self._numbers[id(value)] = len(self._numbers)
         if kind is bytearray:
             return BytearrayNode(bytes(value))
@@ -211,6 +220,20 @@ class _Walker:
             node = ListNode(items) if kind is list else TupleNode(items)
         self._open.discard(id(value))
         return node
+
+    def _note_tuple(self, value: tuple[Any, ...], path: str) -> None:
+        # Tuples are described wherever they stand, as nobody can tell two equal ones apart. Where each holds the one
+        # before twice, that would double at every level.
+        if id(value) not in self._tuples:
+            self._tuples.add(id(value))
+        elif any(type(item) is tuple for item in value):
+            self._repeats += 1
+            if self._repeats > _MAX_REPEATS:
+                raise UnsupportedStateError(
+                    f"the value at key {path!r} stands inside tuples that hold the same tuples over and over, more than "
+                    f"{_MAX_REPEATS} times in all; nothing was written. Use lists for what is shared.",
+                    tensor=path,
+                )
 
     def _describe_dict(self, value: dict[Any, Any], path: str, depth: int) -> Node:
         if not all(type(key) is str and key.isascii() for key in value):

@@ -7,14 +7,8 @@ from lastgood._loading.file import load_file
 from lastgood._loading.values import MapLocation
 from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, UncommittedCheckpointError
 from lastgood.format.archive import Archive
-from lastgood.format.manifest import (
-    MAX_MANIFEST_SIZE,
-    InvalidManifestError,
-    Manifest,
-    checkpoint_file,
-    decode_manifest,
-    manifest_file,
-)
+from lastgood.format.commit import read_manifest
+from lastgood.format.manifest import Manifest, checkpoint_file, manifest_file
 from lastgood.format.spec import crc32
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
@@ -132,27 +126,20 @@ class CheckpointReader:
             )
 
     def _manifest(self, path: str, world_size: int) -> Manifest:
-        name = manifest_file(path)
-        if not self._storage.exists(name):
+        manifest = read_manifest(self._storage, path)
+        if manifest is None:
             raise UncommittedCheckpointError(
                 f"the checkpoint {path} was written by {world_size} ranks and never committed: it has no manifest. "
                 "Load an earlier one, or pass allow_uncommitted=True to read this rank's file all the same.",
                 path=path,
                 rank=self._rank_info.global_rank,
             )
-        file = self._storage.open(name)
-        try:
-            if file.size > MAX_MANIFEST_SIZE:
-                raise InvalidManifestError(f"it has {file.size} bytes")
-            data = bytearray(file.size)
-            file.read_into(0, memoryview(data))
-            manifest = decode_manifest(bytes(data))
-            if manifest.world_size != world_size:
-                raise InvalidManifestError(f"it names {manifest.world_size} ranks, the files {world_size}")
-            return manifest
-        except InvalidManifestError as error:
+        if manifest.world_size != world_size:
             raise CorruptCheckpointError(
-                f"{name} is damaged: {error}. Load an earlier checkpoint.", path=name, rank=self._rank_info.global_rank
-            ) from error
-        finally:
-            file.close()
+                f"{manifest_file(path)} names {manifest.world_size} ranks, the file of rank "
+                f"{self._rank_info.global_rank} is one of {world_size}: they belong to different saves. "
+                "Load an earlier checkpoint.",
+                path=manifest_file(path),
+                rank=self._rank_info.global_rank,
+            )
+        return manifest

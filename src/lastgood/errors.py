@@ -136,3 +136,12 @@ def require_all(loaded: Loaded, missing_keys: list[str], path: str, *, strict: b
             path=path,
         )
     return loaded
+
+
+def corrupt(path: str, what: str, *, tensor: str | None = None) -> CorruptCheckpointError:
+    """The error for a damaged file, in the words that all of them share."""
+    return CorruptCheckpointError(
+        f"{path} is damaged: {what}. Nothing from it should be used; load an earlier checkpoint or another copy.",
+        path=path,
+        tensor=tensor,
+    )

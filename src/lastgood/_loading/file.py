@@ -22,15 +22,15 @@ from lastgood._loading.values import (
     map_storages,
 )
 from lastgood._memory import bytes_at, paused_garbage_collection
-from lastgood.errors import ConfigError, CorruptCheckpointError, StorageError
-from lastgood.format.archive import Archive, corrupt, open_archive
+from lastgood.errors import ConfigError, CorruptCheckpointError, StorageError, corrupt
+from lastgood.format.archive import Archive, open_archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import InvalidIndexError, OpaqueNode, TensorNode
 from lastgood.format.read_plan import Request
 from lastgood.format.stream import native_byteorder
 from lastgood.storage.base import StoredFile
 
-STAGED_BYTES = 32 * 1024 * 1024
+STAGED_BYTES = 16 * 1024 * 1024
 """Tensors that cannot be read straight into their targets pass through memory in batches of at most this size."""
 
 

@@ -10,8 +10,7 @@ from lastgood._loading.pickle_walk import IncompletePickleError, walk_pickle
 from lastgood._loading.values import MapLocation
 from lastgood._loading.zip_directory import ZipRecord, is_zip, read_directory
 from lastgood._threads import run_all
-from lastgood.errors import CorruptCheckpointError, StorageError
-from lastgood.format.archive import corrupt
+from lastgood.errors import CorruptCheckpointError, StorageError, corrupt
 from lastgood.format.spec import combine_crcs, crc32
 from lastgood.storage._direct_io import aligned_buffer
 from lastgood.storage.base import StoredFile

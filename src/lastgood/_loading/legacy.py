@@ -6,7 +6,7 @@ from typing import Any
 from lastgood._loading.pickle_rules import PickleRules, storage_itemsize
 from lastgood._loading.pickle_symbols import ListSymbol, StorageSymbol, is_count
 from lastgood._loading.pickle_walk import IncompletePickleError, walk_pickle
-from lastgood.format.archive import corrupt
+from lastgood.errors import corrupt
 from lastgood.storage.base import StoredFile
 
 _MAGIC = 0x1950A86A20F9469CFC6C

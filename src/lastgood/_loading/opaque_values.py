@@ -16,8 +16,8 @@ from lastgood._loading.records import check_pickle, read_parts
 from lastgood._loading.values import MapLocation
 from lastgood._memory import address_of
 from lastgood._torch_internals import untyped_storage_of
-from lastgood.errors import UnsafeCheckpointError
-from lastgood.format.archive import Archive, corrupt
+from lastgood.errors import UnsafeCheckpointError, corrupt
+from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE, LIMIT_32
 from lastgood.format.index import OpaqueNode
 from lastgood.format.pickle_writer import PROTOCOL

@@ -17,8 +17,7 @@ from lastgood._loading.pickle_symbols import (
     TupleSymbol,
     is_count,
 )
-from lastgood.errors import UnsafeCheckpointError
-from lastgood.format.archive import corrupt
+from lastgood.errors import UnsafeCheckpointError, corrupt
 from lastgood.format.index import element_span
 from lastgood.format.spec import DTYPES, QUANTIZED_STORAGE_CLASSES
 

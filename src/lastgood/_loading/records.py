@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from lastgood._memory import address_of, copy_memory, memory_at
 from lastgood._threads import run_all
-from lastgood.errors import CorruptCheckpointError, StorageError
-from lastgood.format.archive import Archive, corrupt
+from lastgood.errors import CorruptCheckpointError, StorageError, corrupt
+from lastgood.format.archive import Archive
 from lastgood.format.index import InvalidIndexError
 from lastgood.format.pickle_writer import encode_pickle
 from lastgood.format.read_plan import (
@@ -21,7 +21,11 @@ from lastgood.format.read_plan import (
 from lastgood.format.spec import BLOCK_SIZE, crc32
 from lastgood.storage._direct_io import aligned_buffer
 
-READER_THREADS = 2
+READER_THREADS = 4
+"""More than there are cores: while one waits for the device, another copies and checks."""
+
+_SMALL_FILE = 64 * 1024 * 1024
+_SMALL_FILE_THREADS = 2
 NO_PROGRESS_TIMEOUT_SECS = 600.0
 
 
@@ -85,7 +89,8 @@ def _execute(archive: Archive, reads: list[Read], addresses: Mapping[int, int], 
         else:
             _read_records(archive, read, addresses)
 
-    run_all(reads, execute, READER_THREADS, NO_PROGRESS_TIMEOUT_SECS, timed_out, name="read")
+    threads = READER_THREADS if archive.file.size > _SMALL_FILE else _SMALL_FILE_THREADS
+    run_all(reads, execute, threads, NO_PROGRESS_TIMEOUT_SECS, timed_out, name="read")
 
 
 def _read_direct(archive: Archive, read: DirectRead, *, check: bool) -> None:

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from lastgood._loading.values import byte_range
-from lastgood.errors import CorruptCheckpointError
-from lastgood.format.archive import corrupt
+from lastgood.errors import CorruptCheckpointError, corrupt
 from lastgood.format.index import InvalidIndexError, OpaqueNode, TensorNode, element_span
 
 _SHOWN_TARGETS = 5

@@ -7,8 +7,7 @@ from typing import Any
 
 import msgspec
 
-from lastgood.errors import UnsafeCheckpointError
-from lastgood.format.archive import corrupt
+from lastgood.errors import UnsafeCheckpointError, corrupt
 from lastgood.format.spec import LASTGOOD_DIRECTORY
 from lastgood.storage.base import StoredFile
 
@@ -23,9 +22,10 @@ _SATURATED = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
 
 
 class ZipRecord(msgspec.Struct, frozen=True, gc=False):
-    """One record: where its data stands, uncompressed, and the CRC-32 that the directory gives for it."""
+    """One record: where its header and its uncompressed data stand, and the CRC-32 that the directory gives for it."""
 
     name: str
+    header_offset: int
     offset: int
     size: int
     crc: int
@@ -57,8 +57,8 @@ def read_directory(file: StoredFile) -> dict[str, ZipRecord]:
     if len(by_name) != len(records):
         raise corrupt(file.path, "two of its records have the same name")
     end = 0
-    for header_offset, record in sorted(zip((info.header_offset for info in infos), records, strict=True), key=_place):
-        if header_offset < end:
+    for record in sorted(records, key=lambda record: record.header_offset):
+        if record.header_offset < end:
             raise corrupt(file.path, f"its record {record.name!r} overlaps the one before it")
         end = record.offset + record.size
     if end > directory_offset:
@@ -107,11 +107,7 @@ def _read_record(file: StoredFile, info: zipfile.ZipInfo) -> ZipRecord:
     offset = info.header_offset + _LOCAL_HEADER.size + name_size + extra_size
     if signature != _LOCAL_SIGNATURE or offset + info.file_size > file.size:
         raise corrupt(file.path, f"its record {name!r} reaches beyond the end or has no header")
-    return ZipRecord(name, offset, info.file_size, info.CRC)
-
-
-def _place(item: tuple[int, ZipRecord]) -> int:
-    return item[0]
+    return ZipRecord(name, info.header_offset, offset, info.file_size, info.CRC)
 
 
 def _unsafe(file: StoredFile, what: str) -> UnsafeCheckpointError:

@@ -5,17 +5,14 @@ from array import array
 from dataclasses import dataclass
 from functools import cached_property
 
-from lastgood.errors import CorruptCheckpointError
+from lastgood.errors import corrupt
+from lastgood.format.ending import Ending, find_ending
 from lastgood.format.image import (
-    END_SIZE,
-    TRAILER_DISTANCE,
     Layout,
     Trailer,
     data_descriptor,
     directory,
     local_header,
-    parse_end,
-    parse_trailer,
     plan_layout,
 )
 from lastgood.format.index import (
@@ -28,11 +25,9 @@ from lastgood.format.index import (
     walk_nodes,
     walk_paths,
 )
-from lastgood.format.spec import FORMAT_VERSION, INDEX_RECORD, STORAGE_RECORD_PREFIX, block_count, crc32
+from lastgood.format.spec import STORAGE_RECORD_PREFIX, block_count, crc32
 from lastgood.format.stream import join_block_crcs
 from lastgood.storage.base import StoredFile
-
-_TAIL_SIZE = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -98,70 +93,28 @@ class Archive:
         return f"a value that only the pickle describes (record {name})", None
 
 
-def corrupt(path: str, what: str, *, tensor: str | None = None) -> CorruptCheckpointError:
-    """The error for a damaged file, in the words that all of them share."""
-    return CorruptCheckpointError(
-        f"{path} is damaged: {what}. Nothing from it should be used; load an earlier checkpoint or another copy.",
-        path=path,
-        tensor=tensor,
-    )
-
-
 def open_archive(file: StoredFile) -> Archive | None:
     """The archive in ``file``, or ``None`` if lastgood did not write it.
 
     Checks everything that the index says against the file's size and the layout that follows from it. Raises
     :class:`~lastgood.errors.CorruptCheckpointError` for a file of ours that cannot be whole.
     """
-    if file.size < END_SIZE + TRAILER_DISTANCE:
+    ending = find_ending(file)
+    if ending is None:
         return None
-    tail_offset = max(0, file.size - _TAIL_SIZE)
-    tail = _read(file, tail_offset, file.size - tail_offset)
-    directory_offset = parse_end(tail[-END_SIZE:], file.size)
-    if directory_offset is None:
-        return None
-
-    def fetch(offset: int, size: int) -> bytes:
-        if offset >= tail_offset:
-            return tail[offset - tail_offset : offset - tail_offset + size]
-        return _read(file, offset, size)
-
-    trailer_offset = directory_offset - TRAILER_DISTANCE
-    trailer_and_crc = fetch(trailer_offset, TRAILER_DISTANCE)
-    trailer = parse_trailer(trailer_and_crc)
-    if trailer is None:
-        return None
-    _check_trailer(file, trailer, trailer_offset)
-    index_bytes = fetch(trailer.index_offset, trailer.index_size)
-    blocks_bytes = fetch(trailer.blocks_offset, trailer.blocks_size)
-    if crc32(index_bytes) != trailer.index_crc:
-        raise corrupt(file.path, f"the record {INDEX_RECORD} does not match its checksum")
-    if crc32(blocks_bytes) != trailer.blocks_crc:
-        raise corrupt(file.path, "the table of block checksums does not match its own checksum")
-    index, layout = _read_index(file, trailer, index_bytes, trailer_offset)
-    trailer_bytes = trailer_and_crc[: layout.trailer.size]
-    if trailer_and_crc[layout.trailer.size :] != data_descriptor(layout.trailer, crc32(trailer_bytes)):
+    blocks_bytes = ending.read_blocks()
+    index, layout = _read_index(file, ending)
+    descriptor = data_descriptor(layout.trailer, crc32(ending.trailer_bytes))
+    if ending.trailer_and_descriptor != ending.trailer_bytes + descriptor:
         raise corrupt(file.path, "its trailer does not match its checksum")
     block_crcs = array("I", blocks_bytes)
     if sys.byteorder == "big":
         block_crcs.byteswap()
-    return Archive(file, trailer, trailer_bytes, index, layout, block_crcs)
+    return Archive(file, ending.trailer, ending.trailer_bytes, index, layout, block_crcs)
 
 
-def _check_trailer(file: StoredFile, trailer: Trailer, trailer_offset: int) -> None:
-    if trailer.format_version > FORMAT_VERSION:
-        raise corrupt(
-            file.path,
-            f"its trailer asks for format version {trailer.format_version}, this lastgood reads up to {FORMAT_VERSION} "
-            "(if a newer lastgood wrote it, it is not damaged: update lastgood)",
-        )
-    if not 0 < trailer.index_offset <= trailer.index_offset + trailer.index_size < trailer.blocks_offset:
-        raise corrupt(file.path, "its trailer places the index where it cannot be")
-    if trailer.blocks_offset + trailer.blocks_size > trailer_offset or trailer.blocks_size % 4:
-        raise corrupt(file.path, "its trailer places the block table where it cannot be")
-
-
-def _read_index(file: StoredFile, trailer: Trailer, index_bytes: bytes, trailer_offset: int) -> tuple[Index, Layout]:
+def _read_index(file: StoredFile, ending: Ending) -> tuple[Index, Layout]:
+    trailer, index_bytes = ending.trailer, ending.read_index()
     try:
         index = decode_index(index_bytes)
     except InvalidIndexError as error:
@@ -173,7 +126,7 @@ def _read_index(file: StoredFile, trailer: Trailer, index_bytes: bytes, trailer_
     if sum(sizes) + index.pickle_size > file.size:
         raise corrupt(file.path, "its index describes more data than the file holds")
     layout = plan_layout(index.pickle_size, len(index.byteorder), sizes, len(index_bytes))
-    found = (trailer.index_offset, trailer.blocks_offset, trailer.blocks_size, trailer_offset, file.size)
+    found = (trailer.index_offset, trailer.blocks_offset, trailer.blocks_size, ending.trailer_offset, file.size)
     expected = (
         layout.index.data_offset,
         layout.blocks.data_offset,
@@ -186,9 +139,3 @@ def _read_index(file: StoredFile, trailer: Trailer, index_bytes: bytes, trailer_
     if trailer.save_id != index.save_id:
         raise corrupt(file.path, "its trailer and its index belong to different saves")
     return index, layout
-
-
-def _read(file: StoredFile, offset: int, size: int) -> bytes:
-    target = bytearray(size)
-    file.read_into(offset, memoryview(target))
-    return bytes(target)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lastgood.errors import CorruptCheckpointError
-from lastgood.format.image import END_SIZE, TRAILER_DISTANCE, TRAILER_SIZE, parse_end, parse_trailer
-from lastgood.format.spec import FORMAT_VERSION, crc32
+from lastgood.errors import corrupt
+from lastgood.format.ending import find_ending
+from lastgood.format.spec import crc32
 from lastgood.storage.base import StoredFile
 
 
@@ -40,35 +40,12 @@ def read_identity(file: StoredFile) -> FileIdentity | None:
     Checks the index against its checksum and nothing else. Raises
     :class:`~lastgood.errors.CorruptCheckpointError` where that fails.
     """
-    if file.size < END_SIZE + TRAILER_DISTANCE:
+    ending = find_ending(file)
+    if ending is None:
         return None
-    directory_offset = parse_end(_read(file, file.size - END_SIZE, END_SIZE), file.size)
-    if directory_offset is None:
-        return None
-    ending = _read(file, directory_offset - TRAILER_DISTANCE, TRAILER_DISTANCE)
-    trailer = parse_trailer(ending)
-    if trailer is None:
-        return None
-    if trailer.format_version > FORMAT_VERSION:
-        raise _unreadable(file, f"its format version is {trailer.format_version}; this lastgood knows {FORMAT_VERSION}")
-    if trailer.index_offset + trailer.index_size > file.size:
-        raise _unreadable(file, "its trailer places the index beyond its end")
-    index_bytes = _read(file, trailer.index_offset, trailer.index_size)
-    if crc32(index_bytes) != trailer.index_crc:
-        raise _unreadable(file, "its index does not match its checksum")
     try:
-        head = msgspec.json.decode(index_bytes, type=_IndexHead)
+        head = msgspec.json.decode(ending.read_index(), type=_IndexHead)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _unreadable(file, f"its index cannot be right: {error}") from error
-    trailer_crc = crc32(ending[:TRAILER_SIZE])
+        raise corrupt(file.path, f"its index cannot be right: {error}") from error
+    trailer_crc = crc32(ending.trailer_bytes)
     return FileIdentity(head.save_id, head.rank, head.world_size, head.independent, file.size, trailer_crc)
-
-
-def _unreadable(file: StoredFile, what: str) -> CorruptCheckpointError:
-    return CorruptCheckpointError(f"{file.path} cannot be identified: {what}.", path=file.path)
-
-
-def _read(file: StoredFile, offset: int, size: int) -> bytes:
-    target = bytearray(size)
-    file.read_into(offset, memoryview(target))
-    return bytes(target)

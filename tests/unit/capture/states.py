@@ -20,7 +20,9 @@ _TEXT = st.text(st.characters(exclude_categories=()), max_size=6)
 _INTEGERS = st.one_of(
     st.integers(-300, 70_000),
     st.integers(-(2**70), 2**70),
-    st.sampled_from([2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 2**64, 255**99]),
+    st.sampled_from(
+        [2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 2**64, 255**99]
+    ),
 )
 # From all bit patterns: NaNs with any payload, infinities, subnormal numbers and -0.0 among them.
 _FLOATS = st.one_of(
@@ -128,7 +130,9 @@ class _Maker:
     def _tensor(self) -> Any:
         if self._tensors and self._chance(6):
             return self._one_of(self._tensors)
-        kind = self._draw(st.sampled_from(["", "", "parameter", "grad", "conj", "neg", "attribute", "sparse", "storage"]))
+        kind = self._draw(
+            st.sampled_from(["", "", "parameter", "grad", "conj", "neg", "attribute", "sparse", "storage"])
+        )
         if kind in ("conj", "neg"):
             # The imaginary part of a conjugate is a real tensor with the negative bit.
             conjugate = self._view(COMPLEX[kind == "neg" :]).conj()
@@ -151,7 +155,7 @@ class _Maker:
         return tensor
 
     def _sparse(self, tensor: torch.Tensor) -> torch.Tensor:
-        values = tensor.reshape(-1)[:3]
+        values = tensor.reshape(-1)[:3].contiguous()
         indices = torch.arange(len(values)).reshape(1, -1)
         return torch.sparse_coo_tensor(indices, values, (5,), is_coalesced=True, check_invariants=True)
 

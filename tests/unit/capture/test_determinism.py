@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-
-import lastgood
 from tests.unit.capture.determined import a_state
 from tests.unit.format.zip_layout import read_layout
+
+import lastgood
 
 ROOT = Path(__file__).parents[3]
 
@@ -62,9 +62,7 @@ def test_two_processes_with_other_hashes_write_the_same_bytes(tmp_path: Path) ->
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
         command = [sys.executable, "-m", "tests.unit.capture.determined", str(tmp_path / f"{seed}.pt")]
-        processes.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        )
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
     orders = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert orders[0] != orders[1], "the two processes must iterate over sets in different orders"

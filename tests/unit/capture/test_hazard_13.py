@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.capture.files import loaded_by_torch, loaded_by_us
 
 import lastgood
 from lastgood.errors import UnsupportedStateError
-from tests.unit.capture.files import loaded_by_torch, loaded_by_us
 
 FORTY_MB = 40_000_000
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.unit.capture.comparing import assert_same
+from tests.unit.capture.files import is_safe, loaded_by_torch, loaded_by_us, save_and_listen
 
 import lastgood
 from lastgood._opaque import UnsafeValueWarning
 from lastgood.errors import UnsafeCheckpointError
 from lastgood.format.spec import MAX_INDEX_DEPTH
-from tests.unit.capture.comparing import assert_same
-from tests.unit.capture.files import is_safe, loaded_by_torch, loaded_by_us, save_and_listen
 
 pytestmark = [
     # What torch says when such tensors are made, or loaded again.
@@ -160,11 +160,15 @@ def test_empty_memory_may_be_of_any_dtype(tmp_path: Path) -> None:
     empty = torch.sparse_coo_tensor(torch.empty(1, 0), nothing.view(torch.float32), (5,), check_invariants=True)
     special = nothing.view(torch.float16)
     special.note = "opaque"  # type: ignore[attr-defined]
-    check({"sparse": empty.coalesce(), "plain": nothing, "special": special, "bytes": nothing.view(torch.uint8)}, tmp_path)
+    check(
+        {"sparse": empty.coalesce(), "plain": nothing, "special": special, "bytes": nothing.view(torch.uint8)}, tmp_path
+    )
 
 
 def test_uncoalesced_sparse_tensors_stay_uncoalesced(tmp_path: Path) -> None:
-    tensor = torch.sparse_coo_tensor(torch.tensor([[1, 1, 0]]), torch.tensor([1.0, 2.0, 3.0]), (3,), check_invariants=True)
+    tensor = torch.sparse_coo_tensor(
+        torch.tensor([[1, 1, 0]]), torch.tensor([1.0, 2.0, 3.0]), (3,), check_invariants=True
+    )
     lastgood.save({"gradient": tensor}, tmp_path / "file.pt")
     for loaded in (*loaded_by_torch(tmp_path / "file.pt", safe=True), *loaded_by_us(tmp_path / "file.pt")):
         assert not loaded["gradient"].is_coalesced()
@@ -225,6 +229,20 @@ def test_a_dict_that_is_its_own_attribute(tmp_path: Path) -> None:
     for loaded in (*loaded_by_torch(tmp_path / "file.pt", safe=True), *loaded_by_us(tmp_path / "file.pt")):
         assert loaded.owner is loaded
         assert loaded["weight"].tolist() == [1.0, 1.0]
+
+
+def test_lists_that_each_hold_the_one_before_twice(tmp_path: Path) -> None:
+    # Written out in full, it would be 2 to the power of 60 times as large.
+    doubled: list[Any] = [torch.ones(2), "innermost"]
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    lastgood.save({"doubled": doubled}, tmp_path / "file.pt")
+    for loaded in (*loaded_by_torch(tmp_path / "file.pt", safe=True), *loaded_by_us(tmp_path / "file.pt")):
+        left = right = loaded["doubled"]
+        for _ in range(60):
+            left, right = left[0], right[1]
+        assert left[0] is right[0]
+        assert left[0].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", [list, tuple, dict, set])
@@ -319,7 +337,14 @@ def test_a_value_that_a_safe_load_refuses_is_warned_of_by_its_key(name: str, tmp
 
 @pytest.mark.parametrize(
     "value",
-    [Counter("abca"), torch.Size([2, 3]), torch.device("cuda:1"), torch.bfloat16, {(1, "a"), None, b"x"}, bytearray(b"x")],
+    [
+        Counter("abca"),
+        torch.Size([2, 3]),
+        torch.device("cuda:1"),
+        torch.bfloat16,
+        {(1, "a"), None, b"x"},
+        bytearray(b"x"),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_value_that_a_safe_load_takes_is_not_warned_of(value: Any, tmp_path: Path) -> None:

@@ -160,3 +160,13 @@ def test_a_float8_tensor_with_attributes_that_requires_grad_is_refused(folder: P
     tensor = torch.zeros(3, dtype=torch.float8_e5m2).requires_grad_()
     tensor.note = "scaled"  # type: ignore[attr-defined]
     assert refused({"scaled": tensor}, folder).tensor == "scaled"
+
+
+def test_tuples_that_each_hold_the_one_before_twice_are_refused_in_time(folder: Path) -> None:
+    # Written out in full, as tuples are, there would be 2 to the power of 60 of them.
+    doubled: Any = (1,)
+    for _ in range(60):
+        doubled = (doubled, doubled)
+    with pytest.raises(UnsupportedStateError, match="over and over") as caught:
+        lastgood.save({"weight": torch.ones(2), "doubled": doubled}, folder / "new.pt")
+    assert str(caught.value.tensor).startswith("doubled[0][0]")

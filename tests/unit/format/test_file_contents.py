@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.format.zip_layout import ZipRecord, read_layout
 
 import lastgood
 from lastgood._single_file import save
 from lastgood.capture import capture
 from lastgood.format.stream import FileImage, stream_image
-from tests.unit.format.zip_layout import ZipRecord, read_layout
 
 BLOCK = 1024 * 1024
 SAVE_ID = "0123456789abcdef" * 2
@@ -105,9 +105,7 @@ def test_the_block_table_has_the_checksum_of_every_block(path: Path, records: di
 
 def test_the_trailer_leads_to_index_and_block_table(path: Path, records: dict[str, ZipRecord]) -> None:
     index, blocks, trailer = list(records.values())[-3:]
-    magic, version, index_crc, blocks_crc, _, *places, save_id = struct.unpack(
-        "<8sIIIIQQQQ16s", data_of(path, trailer)
-    )
+    magic, version, index_crc, blocks_crc, _, *places, save_id = struct.unpack("<8sIIIIQQQQ16s", data_of(path, trailer))
     assert (magic, version) == (b"LASTGOOD", 1)
     assert (index_crc, blocks_crc) == (index.crc, blocks.crc)
     assert places == [index.data_offset, index.size, blocks.data_offset, blocks.size]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.capture.states import states
 
 from lastgood.capture import CapturedState, capture
 from lastgood.errors import UnsupportedStateError
@@ -27,7 +28,6 @@ from lastgood.format.index import (
     walk_paths,
 )
 from lastgood.format.spec import DTYPES, MAX_INDEX_DEPTH
-from tests.unit.capture.states import states
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.unit.format.zip_layout import read_layout
 
 from lastgood.format.image import Layout, data_descriptor, directory, local_header, plan_layout
 from lastgood.format.spec import combine_crcs, crc32
-from tests.unit.format.zip_layout import read_layout
 
 GIB = 1024**3
 

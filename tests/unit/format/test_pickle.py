@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from tests.unit.capture.states import states
 
 from lastgood.capture import CapturedState, capture
 from lastgood.errors import UnsupportedStateError
@@ -23,7 +24,6 @@ from lastgood.format.index import (
     walk_nodes,
 )
 from lastgood.format.pickle_writer import encode_pickle
-from tests.unit.capture.states import states
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),

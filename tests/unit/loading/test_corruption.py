@@ -295,7 +295,7 @@ def test_two_files_stuck_together_from_different_saves_are_refused(tmp_path: Pat
 def test_every_flipped_byte_in_a_torch_file_is_found_or_harmless(tmp_path: Path) -> None:
     """Their zips have checksums for the records alone: a flip elsewhere may pass, but never as other data."""
     file = tmp_path / "torch.pt"
-    state = {"w": torch.arange(50.0), "n": 3}
+    state = {"w": torch.arange(10.0), "n": 3}
     torch.save(state, file)
     found = 0
     for offset in range(file.stat().st_size):
@@ -308,7 +308,7 @@ def test_every_flipped_byte_in_a_torch_file_is_found_or_harmless(tmp_path: Path)
             assert torch.equal(loaded["w"], state["w"])
             assert loaded["n"] == 3
         flip(file, offset)
-    assert found > 200 + 162  # all data, all of the pickle, and more
+    assert found > 40 + 162  # all data, all of the pickle, and more
 
 
 def test_hazard_20_truncated_torch_files(tmp_path: Path, rng_seed: int) -> None:

@@ -189,21 +189,22 @@ def test_a_target_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(good, torch.zeros(3))
 
 
+@pytest.mark.parametrize("names", [["a"], ["a", "sparse"]], ids=str)
 @pytest.mark.parametrize("writer", list(FORMATS))
-def test_parts_keep_nothing_of_the_file(tmp_path: Path, writer: str) -> None:
+def test_parts_keep_nothing_of_the_file(tmp_path: Path, writer: str, names: list[str]) -> None:
     """What was loaded stays what it is when the file is written over in place, and changes do not reach the file."""
     file = tmp_path / "state.pt"
     torch.save({"a": torch.ones(3), "sparse": torch.eye(2).to_sparse()}, file, **FORMATS[writer])
     before = file.read_bytes()
-    for options in ({}, {"mmap": False}):
-        made = lastgood.load(file, {"a": None, "sparse": None}, **options)
-        made["a"].add_(1)
-        assert file.read_bytes() == before
-        with file.open("r+b") as handle:
-            handle.write(bytes(len(before)))
-        assert torch.equal(made["a"], torch.full((3,), 2.0))
+    changed = lastgood.load(file, dict.fromkeys(names))
+    changed["a"].add_(1)
+    assert file.read_bytes() == before
+    made = lastgood.load(file, dict.fromkeys(names))
+    with file.open("r+b") as handle:
+        handle.write(bytes(len(before)))
+    assert torch.equal(made["a"], torch.ones(3))
+    if "sparse" in made:
         assert torch.equal(made["sparse"].to_dense(), torch.eye(2))
-        file.write_bytes(before)
 
 
 @pytest.mark.parametrize("writer", ["zip", "lastgood"])
