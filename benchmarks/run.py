@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 import savers
 from report import MemorySection, Section, as_json, machine_facts, machine_text, memory_text, section_text
 from sections import (
+    Rounds,
     files_of_savers,
     measure_cold_loads,
     measure_mapping,
@@ -37,6 +38,7 @@ def main() -> None:
     options = _options()
     _require_space(options.directory, options.size)
     machine = machine_facts(options.directory, LIBRARIES)
+    machine["free memory"] = "touched before each call" if options.touch_memory else "as found"
     print(machine_text(machine), flush=True)
     done = []
     with tempfile.TemporaryDirectory(prefix=".lastgood-bench-", dir=options.directory) as directory:
@@ -53,22 +55,24 @@ def _measure(options: argparse.Namespace, directory: str) -> Iterator[Section | 
     if wanted != ["small"]:
         yield from _measure_training_state(options, wanted, directory)
     if "small" in wanted:
-        yield from measure_small_tensors(directory, min(options.rounds, MOST_SMALL_ROUNDS))
+        rounds = Rounds(min(options.rounds, MOST_SMALL_ROUNDS), options.touch_memory)
+        yield from measure_small_tensors(directory, rounds)
 
 
 def _measure_training_state(
     options: argparse.Namespace, wanted: Iterable[str], directory: str
 ) -> Iterator[Section | MemorySection]:
     state = training_state(options.size)
+    rounds = Rounds(options.rounds, options.touch_memory)
     if "memory" in wanted:
         yield measure_memory(state, directory)
     if "save" in wanted:
-        yield measure_saves(state, directory, options.rounds)
+        yield measure_saves(state, directory, rounds)
     if "load" in wanted:
         files = files_of_savers(list(savers.SAVERS), state, directory)
-        yield measure_cold_loads(state, files, options.rounds)
-        yield measure_warm_loads(state, files, options.rounds)
-        yield measure_mapping(state, files, options.rounds)
+        yield measure_cold_loads(state, files, rounds)
+        yield measure_warm_loads(state, files, rounds)
+        yield measure_mapping(state, files, rounds)
         remove_files(files)
 
 
@@ -82,6 +86,12 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--only", choices=CHOICES, help="one part instead of all")
     parser.add_argument("--directory", default=".", help="where to write, on the disk in question (default: here)")
+    parser.add_argument(
+        "--memory-as-found",
+        dest="touch_memory",
+        action="store_false",
+        help="do not touch and free memory before each call (see docs/performance.md)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all samples to this file too")
     options = parser.parse_args()
     if not os.path.isdir(options.directory):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,15 @@ READ_LIMITS = {
     "limit: O_DIRECT, 4 threads, 8 MiB": (4, 8 << 20),
 }
 LIMIT_PIECE = 16 << 20
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many, and whether memory is touched before each call: at hand, instead of as the machine has it."""
+
+    number: int
+    touch_memory: bool
+
 
 Prepare = Callable[[Sequence[str]], None]
 
@@ -56,14 +66,14 @@ def measure_memory(state: State, directory: str) -> MemorySection:
     return MemorySection(state.nbytes, extra, {savers.LASTGOOD: MEMORY_LIMIT, loaders.LASTGOOD_INTO: MEMORY_LIMIT})
 
 
-def measure_saves(state: State, directory: str, rounds: int) -> Section:
+def measure_saves(state: State, directory: str, how: Rounds) -> Section:
     """Every saver, and the device's limit; each file is new, and gone before the next one."""
     contenders = _write_limits(state.nbytes, os.path.join(directory, "limit"))
     contenders += _save_contenders(list(savers.SAVERS), state, directory)
     aims = [Aim(savers.LASTGOOD, tuple(WRITE_LIMITS), LIMIT_SHARE)]
     for name, at_least in ((savers.TORCH, 2.5), (savers.SAFETENSORS, 1.0), (savers.FASTSAFETENSORS, 1.0)):
         aims.append(Aim(savers.LASTGOOD, (name,), at_least))
-    return _section("save", "durable synchronous save", state.nbytes, contenders, rounds, aims)
+    return _section("save", "durable synchronous save", state.nbytes, contenders, how, aims)
 
 
 def _write_limits(nbytes: int, path: str) -> list[Contender]:
@@ -77,7 +87,7 @@ def _write_limits(nbytes: int, path: str) -> list[Contender]:
     return [Contender(name, partial(write, preallocate), after=remove) for name, preallocate in WRITE_LIMITS.items()]
 
 
-def measure_cold_loads(state: State, files: dict[str, list[str]], rounds: int) -> Section:
+def measure_cold_loads(state: State, files: dict[str, list[str]], how: Rounds) -> Section:
     """In place and fresh, with nothing in the page cache, beside the device's limit for reading."""
     ours = files[savers.LASTGOOD]
     contenders = [
@@ -94,27 +104,27 @@ def measure_cold_loads(state: State, files: dict[str, list[str]], rounds: int) -
     for ours_name, peers in ((loaders.LASTGOOD_INTO, loaders.INTO), (loaders.LASTGOOD, loaders.FRESH)):
         aims.append(Aim(ours_name, tuple(READ_LIMITS), LIMIT_SHARE))
         aims += [Aim(ours_name, (name,), 1.0) for name in peers if name != ours_name]
-    return _section("load_cold", "load, cold page cache", state.nbytes, contenders, rounds, aims)
+    return _section("load_cold", "load, cold page cache", state.nbytes, contenders, how, aims)
 
 
-def measure_warm_loads(state: State, files: dict[str, list[str]], rounds: int) -> Section:
+def measure_warm_loads(state: State, files: dict[str, list[str]], how: Rounds) -> Section:
     """In place and fresh, with the whole file in the page cache."""
     contenders = _into_contenders(state, files, make_warm) + _load_contenders(loaders.FRESH, state, files, make_warm)
     aims = [
         Aim(loaders.LASTGOOD_INTO, (loaders.SAFETENSORS_INTO,), 1 / 1.2),
         Aim(loaders.LASTGOOD, (loaders.TORCH,), 2.0),
     ]
-    return _section("load_warm", "load, warm page cache", state.nbytes, contenders, rounds, aims)
+    return _section("load_warm", "load, warm page cache", state.nbytes, contenders, how, aims)
 
 
-def measure_mapping(state: State, files: dict[str, list[str]], rounds: int) -> Section:
+def measure_mapping(state: State, files: dict[str, list[str]], how: Rounds) -> Section:
     """How long until tensors are there whose data is read when it is touched."""
     contenders = _load_contenders(loaders.MAPPED, state, files, make_warm)
     aims = [Aim(loaders.LASTGOOD_MAP, (name,), 1.0) for name in (loaders.TORCH_MAP, loaders.SAFETENSORS_MAP)]
-    return _section("map", "lazy mapping, warm page cache", state.nbytes, contenders, rounds, aims, moves_data=False)
+    return _section("map", "lazy mapping, warm page cache", state.nbytes, contenders, how, aims, moves_data=False)
 
 
-def measure_small_tensors(directory: str, rounds: int) -> list[Section]:
+def measure_small_tensors(directory: str, how: Rounds) -> list[Section]:
     """Saving many small tensors, and loading them fresh with nothing in the page cache."""
     save_names = [savers.LASTGOOD, savers.TORCH, savers.SAFETENSORS]
     load_names = [loaders.LASTGOOD, loaders.TORCH, loaders.SAFETENSORS_MAP]
@@ -124,12 +134,12 @@ def measure_small_tensors(directory: str, rounds: int) -> list[Section]:
     contenders = _save_contenders(save_names, state, directory)
     aims = [Aim(savers.LASTGOOD, (savers.TORCH,), 10.0)]
     title = "durable save of 100,000 small tensors"
-    found.append(_section("small_save", title, state.nbytes, contenders, rounds, aims, moves_data=False))
+    found.append(_section("small_save", title, state.nbytes, contenders, how, aims, moves_data=False))
     files = files_of_savers(save_names, state, directory)
     contenders = _load_contenders(chosen, state, files, make_cold)
     aims = [Aim(loaders.LASTGOOD, (loaders.TORCH,), 10.0)]
     title = "load of 100,000 small tensors, fresh, cold page cache"
-    found.append(_section("small_load", title, state.nbytes, contenders, rounds, aims, moves_data=False))
+    found.append(_section("small_load", title, state.nbytes, contenders, how, aims, moves_data=False))
     remove_files(files)
     return found
 
@@ -157,12 +167,13 @@ def _section(
     title: str,
     nbytes: int,
     contenders: Sequence[Contender],
-    rounds: int,
+    how: Rounds,
     aims: Sequence[Aim],
     *,
     moves_data: bool = True,
 ) -> Section:
-    results, left_out = measure_in_turns(title, nbytes, contenders, rounds)
+    touched = nbytes + nbytes // 4 if how.touch_memory else 0
+    results, left_out = measure_in_turns(title, contenders, how.number, touched_bytes=touched)
     return Section(key, title, nbytes, results, aims, moves_data, left_out)
 
 

@@ -40,18 +40,18 @@ Results = dict[str, Samples]
 
 
 def measure_in_turns(
-    what: str, nbytes: int, contenders: Sequence[Contender], rounds: int
+    what: str, contenders: Sequence[Contender], rounds: int, *, touched_bytes: int
 ) -> tuple[Results, dict[str, str]]:
     """Run every contender once unmeasured, checking its result, then ``rounds`` times: A B C A B C ...
 
-    Each finds as much memory at hand as ``nbytes`` of data need. Returns the samples, and for each contender that
+    Before each run ``touched_bytes`` of memory are used and freed. Returns the samples, and for each contender that
     could not take part the reason.
     """
     left_out: dict[str, str] = {}
     for contender in contenders:
         _progress(f"{what}: warming up: {contender.name}")
         try:
-            _run_once(contender, nbytes, check=True)
+            _run_once(contender, touched_bytes, check=True)
         except Exception as error:
             if contender.required and not isinstance(error, PageCacheError):
                 raise
@@ -61,16 +61,16 @@ def measure_in_turns(
     for number in range(1, rounds + 1):
         for contender in running:
             _progress(f"{what}: round {number} of {rounds}: {contender.name}")
-            seconds, cpu_seconds = _run_once(contender, nbytes, check=False)
+            seconds, cpu_seconds = _run_once(contender, touched_bytes, check=False)
             results[contender.name].seconds.append(seconds)
             results[contender.name].cpu_seconds.append(cpu_seconds)
     _progress("")
     return results, left_out
 
 
-def _run_once(contender: Contender, nbytes: int, *, check: bool) -> tuple[float, float]:
+def _run_once(contender: Contender, touched_bytes: int, *, check: bool) -> tuple[float, float]:
     contender.before()
-    _settle(nbytes)
+    _settle(touched_bytes)
     try:
         seconds, cpu_seconds, result = _timed(contender.run)
         if check:
@@ -92,11 +92,12 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _settle(nbytes: int) -> None:
+def _settle(touched_bytes: int) -> None:
     """The same start for everyone: no garbage, no memory kept by the allocator, no dirty pages of somebody else."""
     release_memory()
     os.sync()
-    _touch_memory(nbytes + nbytes // 4)
+    if touched_bytes:
+        _touch_memory(touched_bytes)
 
 
 def _touch_memory(nbytes: int) -> None:

@@ -84,7 +84,8 @@ def capture(state: Any) -> CapturedState:
 
 
 def _capture(state: Any) -> CapturedState:
-    walker, root = _describe(state, pickling=True)
+    walker = _Walker()
+    root = walker.describe(state, "", 0)
     uses = walker.uses
     uses.settle()
     starts = [use.start for use in uses]
@@ -132,23 +133,11 @@ class DescribedValue:
 
 def describe_loaded(value: Any) -> DescribedValue:
     """Describe a value so that parts of it can be picked; its storages are whole, and nothing is pickled."""
-    walker, root = _describe(value, pickling=False)
+    walker = _Walker(pickling=False)
+    root = walker.describe(value, "", 0)
     index = _make_index(root, [use.entry() for use in walker.uses])
     opaque = {id(node): opaque_value for node, opaque_value, _ in walker.opaque}
     return DescribedValue(index, [use.storage for use in walker.uses], opaque)
-
-
-def _describe(value: Any, *, pickling: bool) -> "tuple[_Walker, Node]":
-    walker = _Walker(pickling=pickling)
-    try:
-        return walker, walker.describe(value, "", 0)
-    except _CycleError:
-        walker = _Walker(pickling=pickling)
-        return walker, walker.describe_opaque(value, "")
-
-
-class _CycleError(Exception):
-    """A container that holds itself; only a pickle can describe it."""
 
 
 class _Walker:
@@ -158,7 +147,6 @@ class _Walker:
         self.uses = StorageUses()
         self.tensors: list[TensorNode] = []
         self._numbers: dict[int, int] = {}
-        self._open: set[int] = set()
         self._tuples: set[int] = set()
         self._repeats = 0
         self.opaque: list[tuple[OpaqueNode, Any, str]] = []
@@ -174,8 +162,6 @@ class _Walker:
             return scalar_node(value)
         number = self._numbers.get(id(value))
         if number is not None:
-            if id(value) in self._open:
-                raise _CycleError
             return ReferenceNode(number)
         if depth >= MAX_INDEX_DEPTH:
             return self.describe_opaque(value, path)
@@ -204,22 +190,18 @@ class _Walker:
             self._numbers[id(value)] = len(self._numbers)
         if kind is bytearray:
             return BytearrayNode(bytes(value))
-        self._open.add(id(value))
-        node: Node
         if kind is dict:
-            node = self._describe_dict(value, path, depth)
-        elif kind is OrderedDict:
+            return self._describe_dict(value, path, depth)
+        if kind is OrderedDict:
             pairs = self._pairs(value, path, depth)
-            attributes = {name: self.describe(item, f"{path}.{name}", depth + 1) for name, item in vars(value).items()}
-            node = OrderedDictNode(pairs, attributes)
-        else:
-            items = [
-                self.describe(item, join_path(path, list_position(number)), depth + 1)
-                for number, item in enumerate(value)
-            ]
-            node = ListNode(items) if kind is list else TupleNode(items)
-        self._open.discard(id(value))
-        return node
+            attributes = {
+                name: self.describe(item, join_path(path, name), depth + 1) for name, item in vars(value).items()
+            }
+            return OrderedDictNode(pairs, attributes)
+        items = [
+            self.describe(item, join_path(path, list_position(number)), depth + 1) for number, item in enumerate(value)
+        ]
+        return ListNode(items) if kind is list else TupleNode(items)
 
     def _note_tuple(self, value: tuple[Any, ...], path: str) -> None:
         # Tuples are described wherever they stand, as nobody can tell two equal ones apart. Where each holds the one
@@ -230,8 +212,8 @@ class _Walker:
             self._repeats += 1
             if self._repeats > _MAX_REPEATS:
                 raise UnsupportedStateError(
-                    f"the value at key {path!r} stands inside tuples that hold the same tuples over and over, more than "
-                    f"{_MAX_REPEATS} times in all; nothing was written. Use lists for what is shared.",
+                    f"the value at key {path!r} stands inside tuples that hold the same tuples over and over, more "
+                    f"than {_MAX_REPEATS} times in all; nothing was written. Use lists for what is shared.",
                     tensor=path,
                 )
 

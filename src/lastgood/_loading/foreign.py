@@ -4,8 +4,8 @@ from typing import Any
 
 from lastgood._loading.legacy import check_legacy
 from lastgood._loading.opaque_values import safe_torch_load
-from lastgood._loading.pickle_rules import PickleRules, storage_itemsize
-from lastgood._loading.pickle_symbols import StorageSymbol, is_count
+from lastgood._loading.pickle_rules import PickleRules, storage_of
+from lastgood._loading.pickle_symbols import StorageSymbol
 from lastgood._loading.pickle_walk import IncompletePickleError, walk_pickle
 from lastgood._loading.values import MapLocation
 from lastgood._loading.zip_directory import ZipRecord, is_zip, read_directory
@@ -60,13 +60,13 @@ def _check_pickle(file: StoredFile, records: dict[str, ZipRecord]) -> None:
     def claim(identity: tuple[Any, ...]) -> StorageSymbol:
         if len(identity) != 5 or identity[0] != "storage" or type(identity[2]) is not str:
             rules.broken("a reference to something that is not a storage")
-        itemsize, numel = storage_itemsize(identity[1]), identity[4]
-        if itemsize is None or not is_count(numel):
+        storage = storage_of(identity[1], identity[4])
+        if storage is None:
             rules.broken("a storage of no known kind")
         stored = records.get(f"{prefix}/data/{identity[2]}".lower())
-        if stored is None or numel * itemsize > stored.size:
+        if stored is None or storage.nbytes > stored.size:
             rules.broken(f"the storage {identity[2]!r}, which the file does not hold or not in full")
-        return StorageSymbol(numel * itemsize, itemsize)
+        return storage
 
     rules = PickleRules(file.path, file.size)
     try:

@@ -3,7 +3,7 @@
 import struct
 from typing import Any
 
-from lastgood._loading.pickle_rules import PickleRules, storage_itemsize
+from lastgood._loading.pickle_rules import PickleRules, storage_of
 from lastgood._loading.pickle_symbols import ListSymbol, StorageSymbol, is_count
 from lastgood._loading.pickle_walk import IncompletePickleError, walk_pickle
 from lastgood.errors import corrupt
@@ -16,27 +16,32 @@ _COUNT = struct.Struct("<q")
 
 
 class _Storages:
-    """The storages that the pickle names, by key: bytes, and bytes an element."""
+    """The storages that the pickle names, by key, each with its number of elements."""
 
     def __init__(self, rules: PickleRules) -> None:
-        self.named: dict[str, StorageSymbol] = {}
+        self.named: dict[str, tuple[StorageSymbol, int]] = {}
         self._rules = rules
 
     def claim(self, identity: tuple[Any, ...]) -> StorageSymbol:
         if len(identity) != 6 or identity[0] != "storage" or type(identity[2]) is not str:
             self._rules.broken("a reference to something that is not a storage")
-        itemsize, key, numel, part = storage_itemsize(identity[1]), identity[2], identity[4], identity[5]
-        if itemsize is None or not is_count(numel):
+        key, numel, part = identity[2], identity[4], identity[5]
+        storage = storage_of(identity[1], numel)
+        if storage is None:
             self._rules.broken("a storage of no known kind")
-        known = self.named.setdefault(key, StorageSymbol(numel * itemsize, itemsize))
-        if (known.nbytes, known.itemsize) != (numel * itemsize, itemsize):
+        known, known_numel = self.named.setdefault(key, (storage, numel))
+        # Keys are addresses, and empty storages share theirs.
+        if (known.nbytes, known.element_bits, known_numel) != (storage.nbytes, storage.element_bits, numel) and (
+            known_numel or numel
+        ):
             self._rules.broken(f"two sizes for the storage {key!r}")
         if part is None:
             return known
         _, offset, size = part.items
-        if not (is_count(offset) and is_count(size) and offset + size <= numel):
+        inner = storage_of(identity[1], size)
+        if inner is None or not is_count(offset) or offset + size > numel:
             self._rules.broken(f"a part of the storage {key!r} that lies outside it")
-        return StorageSymbol(size * itemsize, itemsize)
+        return inner
 
 
 def check_legacy(file: StoredFile) -> None:
@@ -53,19 +58,19 @@ def check_legacy(file: StoredFile) -> None:
                 raise corrupt(file.path, "it ends in the middle of a pickle") from None
             size = min(8 * size, file.size)
     for key in keys:
-        storage = storages.pop(key, None)
+        storage, numel = storages.pop(key, (None, 0))
         if storage is None or position + _COUNT.size + storage.nbytes > file.size:
             raise corrupt(file.path, "it is cut off, or holds other tensor data than its pickle names")
         count = bytearray(_COUNT.size)
         file.read_into(position, memoryview(count))
-        if _COUNT.unpack(count)[0] * storage.itemsize != storage.nbytes:
+        if _COUNT.unpack(count)[0] != numel:
             raise corrupt(file.path, "its pickle and its tensor data are of different sizes")
         position += _COUNT.size + storage.nbytes
     if storages:
         raise corrupt(file.path, "it lacks the data of some of its tensors")
 
 
-def _walk(file: StoredFile, window: bytearray) -> tuple[dict[str, StorageSymbol], list[Any], int]:
+def _walk(file: StoredFile, window: bytearray) -> tuple[dict[str, tuple[StorageSymbol, int]], list[Any], int]:
     rules = PickleRules(file.path, file.size)
     if not window.startswith(b"\x80\x02\x8a"):
         raise corrupt(file.path, "it does not begin like a file that torch.save or lastgood writes")

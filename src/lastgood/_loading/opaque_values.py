@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from lastgood._loading.pickle_rules import PickleRules, storage_itemsize
-from lastgood._loading.pickle_symbols import StorageSymbol, is_count
+from lastgood._loading.pickle_rules import PickleRules, storage_of
+from lastgood._loading.pickle_symbols import StorageSymbol
 from lastgood._loading.pickle_walk import IncompletePickleError, walk_pickle
 from lastgood._loading.records import check_pickle, read_parts
 from lastgood._loading.values import MapLocation
@@ -119,13 +119,12 @@ def _refuse_unsafe(archive: Archive, pickle_bytes: bytes, numbers: list[int]) ->
     rules = PickleRules(archive.file.path, archive.file.size)
 
     def claim(identity: tuple[Any, ...]) -> StorageSymbol:
-        itemsize = storage_itemsize(identity[1]) if len(identity) == 5 and identity[0] == "storage" else None
-        if itemsize is None or type(identity[2]) is not str or not is_count(identity[4]):
+        storage = storage_of(identity[1], identity[4]) if len(identity) == 5 and identity[0] == "storage" else None
+        if storage is None or type(identity[2]) is not str:
             rules.broken("a reference to something that is not a storage")
-        nbytes = identity[4] * itemsize
-        if nbytes > sizes.get(identity[2], -1):
+        if storage.nbytes > sizes.get(identity[2], -1):
             rules.broken(f"the storage {identity[2]!r}, which is not listed or not so large")
-        return StorageSymbol(nbytes, itemsize)
+        return storage
 
     try:
         walk_pickle(pickle_bytes, 0, rules, claim)

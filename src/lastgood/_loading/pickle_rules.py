@@ -33,13 +33,17 @@ _ITEMSIZES |= {
     name: getattr(torch, dtype).itemsize for dtype, name in QUANTIZED_STORAGE_CLASSES.items() if hasattr(torch, dtype)
 }
 _ITEMSIZES["UntypedStorage"] = 1
+_PACKED_BITS = {"QUInt4x2Storage": 4, "QUInt2x4Storage": 2}
+"""Storages of which each byte holds several elements: their size counts bytes, the shapes of tensors elements."""
 
 
-def storage_itemsize(storage_class: Any) -> int | None:
-    """Bytes an element of the storage class that a persistent id names; ``None`` if it is none."""
-    if isinstance(storage_class, GlobalSymbol) and storage_class.name.startswith("torch."):
-        return _ITEMSIZES.get(storage_class.name.rpartition(".")[2])
-    return None
+def storage_of(storage_class: Any, numel: Any) -> StorageSymbol | None:
+    """A storage as a persistent id describes it, by class and size; ``None`` if these are none."""
+    if not (isinstance(storage_class, GlobalSymbol) and storage_class.name.startswith("torch.") and is_count(numel)):
+        return None
+    name = storage_class.name.rpartition(".")[2]
+    itemsize = _ITEMSIZES.get(name)
+    return None if itemsize is None else StorageSymbol(numel * itemsize, _PACKED_BITS.get(name, 8 * itemsize))
 
 
 class PickleRules:
@@ -131,8 +135,8 @@ class PickleRules:
 
     # One method a call. Each returns what the call makes, or None where torch.save writes no such arguments.
 
-    def _view(self, storage: Any, offset: Any, size: Any, stride: Any, itemsize: int | None) -> TensorSymbol | None:
-        if not (isinstance(storage, StorageSymbol) and isinstance(size, TupleSymbol) and itemsize is not None):
+    def _view(self, storage: Any, offset: Any, size: Any, stride: Any, bits: int | None) -> TensorSymbol | None:
+        if not (isinstance(storage, StorageSymbol) and isinstance(size, TupleSymbol) and bits is not None):
             return None
         if not (isinstance(stride, TupleSymbol) and len(size.items) == len(stride.items)):
             return None
@@ -144,18 +148,18 @@ class PickleRules:
             numel *= length
             if numel >= 2**63:
                 self.broken(f"a tensor of the shape {size.items}")
-        if numel and (offset + element_span(size.items, stride.items)) * itemsize > storage.nbytes:
+        if numel and (offset + element_span(size.items, stride.items)) * bits > 8 * storage.nbytes:
             self.broken(f"a tensor of the shape {size.items} on a storage of {storage.nbytes} bytes")
-        return TensorSymbol(numel * itemsize, wide=numel * itemsize > storage.nbytes)
+        return TensorSymbol(numel * bits // 8, wide=numel * bits > 8 * storage.nbytes)
 
     def _typed_tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-        itemsize = storage.itemsize if isinstance(storage, StorageSymbol) else None
-        return self._view(storage, offset, size, stride, itemsize)
+        bits = storage.element_bits if isinstance(storage, StorageSymbol) else None
+        return self._view(storage, offset, size, stride, bits)
 
     def _untyped_tensor(
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
     ) -> Any:
-        return self._view(storage, offset, size, stride, _dtype_itemsize(dtype))
+        return self._view(storage, offset, size, stride, _element_bits(dtype))
 
     def _quantized_tensor(self, storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any, *rest: Any) -> Any:
         tensor = self._typed_tensor(storage, offset, size, stride)
@@ -241,11 +245,11 @@ class PickleRules:
         return PLAIN if all(type(scalar) in (int, float, str) for scalar in scalars) else None
 
 
-def _dtype_itemsize(dtype: Any) -> int | None:
+def _element_bits(dtype: Any) -> int | None:
     if not isinstance(dtype, GlobalSymbol) or not dtype.name.startswith("torch."):
         return None
     found = getattr(torch, dtype.name.removeprefix("torch."), None)
-    return found.itemsize if isinstance(found, torch.dtype) else None
+    return 8 * found.itemsize if isinstance(found, torch.dtype) else None
 
 
 def _names_that_the_user_allowed() -> frozenset[str]:

@@ -17,13 +17,13 @@ class GlobalSymbol:
 
 
 class StorageSymbol:
-    """A storage that the file holds; ``itemsize`` is that of the class under which it is named."""
+    """A storage that the file holds; ``element_bits`` is the size of its elements as tensors count them."""
 
-    __slots__ = ("itemsize", "nbytes")
+    __slots__ = ("element_bits", "nbytes")
 
-    def __init__(self, nbytes: int, itemsize: int) -> None:
+    def __init__(self, nbytes: int, element_bits: int) -> None:
         self.nbytes = nbytes
-        self.itemsize = itemsize
+        self.element_bits = element_bits
 
 
 class TensorSymbol:

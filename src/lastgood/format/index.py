@@ -185,7 +185,7 @@ _FLOAT_SIZES: dict[type, int] = {FloatNode: 8, ComplexNode: 16}
 CONTAINERS = (DictNode, MapNode, OrderedDictNode, ListNode, TupleNode, SetNode)
 
 
-class StorageEntry(_NodeStruct):
+class StorageEntry(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
     """One storage record: its bytes, the dtype of the tensors on it, and the device tag it was saved from."""
 
     nbytes: Count

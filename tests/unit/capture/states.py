@@ -16,7 +16,7 @@ DTYPES: list[torch.dtype] = [getattr(torch, name) for name in TYPED.split() if h
 FLOATING = [dtype for dtype in DTYPES if dtype.is_floating_point or dtype.is_complex]
 COMPLEX = [torch.complex32, torch.complex64, torch.complex128]
 
-_TEXT = st.text(st.characters(exclude_categories=()), max_size=6)
+_TEXT = st.text(st.sampled_from("a\x00\x7f\xe9\ud800\udfff\U0001f600") | st.characters(), max_size=6)
 _INTEGERS = st.one_of(
     st.integers(-300, 70_000),
     st.integers(-(2**70), 2**70),
@@ -97,8 +97,10 @@ class _Maker:
         if kind in (dict, OrderedDict):
             value = self.mapping(kind, depth)
         else:
-            value = kind(self._value(depth + 1) for _ in range(self._draw(st.integers(0, 3))))
+            value = kind(self._value(depth + 1) for _ in range(self._draw(st.integers(0, 5))))
         self._containers.append(value)
+        if isinstance(value, list) and self._chance(6):
+            value.append((self._one_of(self._containers), value))  # it contains itself
         return value
 
     def _plain(self) -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import copy
+import copyreg
 import dataclasses
 import enum
 import functools
@@ -222,6 +223,19 @@ def test_a_list_that_contains_itself(tmp_path: Path) -> None:
         assert loaded["first"].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("save", [lastgood.save, torch.save])
+def test_parts_of_a_state_that_contains_itself_load_into_a_target(save: Any, tmp_path: Path) -> None:
+    state: dict[str, Any] = {"weight": torch.ones(2), "bias": torch.zeros(2)}
+    state["self"] = {"again": state}
+    save(state, tmp_path / "file.pt")
+    weight = torch.zeros(2)
+    target = {"weight": weight, "self": None}
+    assert lastgood.load(tmp_path / "file.pt", target) is target
+    assert weight.tolist() == [1.0, 1.0]
+    again: Any = target["self"]
+    assert again["again"]["self"] is again
+
+
 def test_a_dict_that_is_its_own_attribute(tmp_path: Path) -> None:
     state: OrderedDict[str, Any] = OrderedDict(weight=torch.ones(2))
     state.owner = state  # type: ignore[attr-defined]
@@ -359,6 +373,16 @@ def test_an_allowed_class_is_not_warned_of_and_loads(tmp_path: Path) -> None:
         assert save_and_listen({"value": value}, tmp_path / "file.pt") == []
         for loaded in (*loaded_by_torch(tmp_path / "file.pt", safe=True), *loaded_by_us(tmp_path / "file.pt")):
             assert_same(vars(loaded["value"]), vars(value))
+
+
+def test_a_class_that_pickle_names_by_a_number_is_warned_of(tmp_path: Path) -> None:
+    copyreg.add_extension(Progress.__module__, "Progress", 240)  # a code that Python leaves to private use
+    try:
+        (warning,) = save_and_listen({"progress": Progress(1, [])}, tmp_path / "file.pt")
+        assert "'progress'" in warning
+        assert torch.load(tmp_path / "file.pt", weights_only=False) == {"progress": Progress(1, [])}
+    finally:
+        copyreg.remove_extension(Progress.__module__, "Progress", 240)
 
 
 def test_an_unsafe_key_is_warned_of_by_its_path(tmp_path: Path) -> None:

@@ -78,6 +78,12 @@ def test_values_that_json_cannot_hold_have_nodes_of_their_own() -> None:
         assert type(scalar_node(value)) is kind
 
 
+def test_storages_stand_in_the_index_as_the_format_says() -> None:
+    memory = torch.arange(8, dtype=torch.uint8)
+    known = capture([torch.ones(2), memory, memory.view(torch.int16)])
+    assert json.loads(encode_index(known.index))["storages"] == [[8, "float32", "cpu"], [8, "untyped", "cpu"]]
+
+
 # What is refused
 
 
@@ -122,6 +128,7 @@ def test_the_documents_that_these_tests_change_are_valid() -> None:
     decode_index(json.dumps(tensor(shape=[3, 2], stride=[1, 3])).encode())
     decode_index(json.dumps(with_root(nested(MAX_INDEX_DEPTH))).encode())
     decode_index(json.dumps(with_root(["list", [["list", []], ["reference", 1]]])).encode())
+    decode_index(json.dumps(with_root(["list", [["tuple", [["reference", 0]]]]])).encode())
     decode_index(json.dumps(with_root(["opaque", 0, 10, 2, [0], "some.Type"])).encode())
 
 
@@ -220,10 +227,13 @@ def test_a_node_that_no_writer_writes_is_refused(root: Any) -> None:
     refused(with_root(root))
 
 
+def test_a_storage_that_cannot_hold_whole_elements_is_refused() -> None:
+    assert "whole float32 elements" in refused(valid() | {"storages": [[25, "float32", "cpu"]]})
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"storages": [[25, "float32", "cpu"]]},
         {"storages": [[-4, "float32", "cpu"]]},
         {"storages": [["24", "float32", "cpu"]]},
         {"storages": [[24, "float32"]]},

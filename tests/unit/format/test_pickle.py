@@ -67,6 +67,16 @@ def test_many_distinct_shapes_and_values_do_not_run_out_of_memo_numbers() -> Non
     assert encode_pickle(decode_index(encode_index(known.index)), b"", []) == known.pickle_bytes
 
 
+def test_more_names_than_the_writer_remembers_are_written_out_each_time() -> None:
+    known = capture([1])
+    names = [DtypeNode(f"dtype{number}") for number in range(600)]
+    known.index.root = ListNode([*names, ListNode(names), ListNode([])])  # type: ignore[list-item]
+    encoded = encode_pickle(known.index, b"", [])
+    pickletools.dis(encoded, out=io.StringIO())
+    found = [argument for opcode, argument, _ in pickletools.genops(encoded) if opcode.name == "GLOBAL"]
+    assert len(found) == len(names) + (len(names) - 256)
+
+
 def test_an_opaque_body_stands_where_the_index_says() -> None:
     known = capture({"first": Counter(a=1), "weight": torch.ones(2), "second": [Counter(b=2), Counter(c=3)]})
     first, second, third = bodies_in(known)

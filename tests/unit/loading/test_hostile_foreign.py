@@ -404,6 +404,23 @@ def test_a_pickle_hidden_from_the_judge(tmp_path: Path, worker: Worker) -> None:
         refused(worker, file)
 
 
+def test_many_records_on_the_same_bytes(tmp_path: Path, worker: Worker) -> None:
+    """A megabyte that the directory lists a hundred times, each time with the right checksum."""
+    count = 100
+    tensors = [tensor_call(storage_id(MEBIBYTE // 4, key=f"{number:02}"), 0, (4,), (1,)) for number in range(count)]
+    file = zip_of(tmp_path / "f.pt", b"\x80\x02](" + b"".join(tensors) + b"e.", {"00": bytes(MEBIBYTE)})
+    data = file.read_bytes()
+    *others, last, end = *directory_entries(data), data.rindex(b"PK\x05\x06")
+    entry = data[last:end]
+    copies = [entry.replace(b"data/00", b"data/%02d" % number) for number in range(count)]
+    directory = data[others[0] : last] + b"".join(copies)
+    total = len(others) + count
+    ending = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, total, total, len(directory), others[0], 0)
+    file.write_bytes(data[: others[0]] + directory + ending)
+    assert len(torch.load(file)) == count  # a hundred megabytes from one
+    assert "overlaps" in refused(worker, file, CorruptCheckpointError)
+
+
 def test_a_directory_that_only_torch_finds(tmp_path: Path, worker: Worker) -> None:
     """Python's zipfile looks for the directory relative to the end, torch from the start of the file."""
     bomb = call_pickle("builtins bytearray", large(10**11))
