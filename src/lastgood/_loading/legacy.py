@@ -31,9 +31,8 @@ class _Storages:
             self._rules.broken("a storage of no known kind")
         known, known_numel = self.named.setdefault(key, (storage, numel))
         # Keys are addresses, and empty storages share theirs.
-        if (known.nbytes, known.element_bits, known_numel) != (storage.nbytes, storage.element_bits, numel) and (
-            known_numel or numel
-        ):
+        same = (known_numel, known.element_bits) == (numel, storage.element_bits)
+        if not same and (known_numel or numel):
             self._rules.broken(f"two sizes for the storage {key!r}")
         if part is None:
             return known

@@ -25,21 +25,23 @@ def split_targets(
     seen: set[tuple[int, int, int, int]] = set()
     others: set[int] = set()
     for number, (tensor, node) in enumerate(targets):
-        if _has_address(tensor) and tensor.numel():
-            address, span = tensor.data_ptr(), element_span(tuple(tensor.shape), tensor.stride())
-            spans.append((address, address + span * tensor.itemsize, number))
-        if not isinstance(node, TensorNode) or not can_read_into(tensor, node):
+        if not _has_address(tensor):
             others.add(number)
             continue
-        start, end = byte_range(node)
-        if start == end:
-            continue
-        place = (tensor.data_ptr(), node.storage, start, end)
-        if place in seen:
-            spans.pop()
-            continue
-        seen.add(place)
-        direct[number] = (tensor, node)
+        count = tensor.numel()
+        if count == 0:
+            continue  # there is nothing to load
+        address = tensor.data_ptr()
+        span = count if tensor.is_contiguous() else element_span(tuple(tensor.shape), tensor.stride())
+        if type(node) is TensorNode and _is_read_into(tensor, node):
+            place = (address, node.storage, *byte_range(node))
+            if place in seen:
+                continue
+            seen.add(place)
+            direct[number] = (tensor, node)
+        else:
+            others.add(number)
+        spans.append((address, address + span * tensor.itemsize, number))
     for number in _overlapping(spans):
         if direct.pop(number, None) is not None:
             others.add(number)
@@ -59,12 +61,14 @@ def _overlapping(spans: list[tuple[int, int, int]]) -> set[int]:
     return found
 
 
-def can_read_into(target: torch.Tensor, node: TensorNode) -> bool:
+def _is_read_into(target: torch.Tensor, node: TensorNode) -> bool:
     """Whether the saved bytes, as they are, are the target's bytes."""
-    if not _has_address(target) or target.is_conj() or target.is_neg() or "c" in node.flags or "n" in node.flags:
+    if target.is_conj() or target.is_neg() or "c" in node.flags or "n" in node.flags:
         return False
     stride = target.stride()
-    if any(size > 1 and step != saved for size, step, saved in zip(node.shape, stride, node.stride, strict=True)):
+    if stride != node.stride and any(
+        size > 1 and step != saved for size, step, saved in zip(node.shape, stride, node.stride, strict=True)
+    ):
         return False
     # Dense: a gap between the target's elements belongs to somebody else.
     return element_span(node.shape, node.stride) == target.numel()

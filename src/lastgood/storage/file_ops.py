@@ -139,6 +139,39 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 
 
+class _CacheRange(ctypes.Structure):
+    """``struct cachestat_range`` of the kernel."""
+
+    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
+
+
+class _CacheState(ctypes.Structure):
+    """``struct cachestat`` of the kernel, in pages."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recently_evicted")
+    )
+
+
+_CACHESTAT = 451  # the same number on every architecture; Linux 6.5 and newer
+
+
+def _count_cached_pages(descriptor: int, offset: int, length: int) -> int | None:
+    """How many pages of a range are in memory, wherever in it; ``None`` where the kernel cannot say."""
+    if _libc is None:
+        return None
+    state = _CacheState()
+    asked = _CacheRange(offset, length)
+    result = _libc.syscall(
+        ctypes.c_long(_CACHESTAT),
+        ctypes.c_uint(descriptor),
+        ctypes.byref(asked),
+        ctypes.byref(state),
+        ctypes.c_uint(0),
+    )
+    return int(state.cached) if result == 0 else None
+
+
 def _cached_pages(descriptor: int, offset: int, length: int) -> int:
     """How many pages of a file, from ``offset`` (where a page begins) on, are in memory without a gap."""
     if _libc is None:
@@ -207,6 +240,13 @@ class OsFileOps:
         # Not preadv with RWF_NOWAIT: where bytes are missing it starts to read ahead, and a direct read that follows
         # then shares the device with a second copy of itself.
         before = offset % mmap.PAGESIZE
+        pages = -(-(before + length) // mmap.PAGESIZE)
+        count = _count_cached_pages(descriptor, offset - before, before + length)
+        if count == 0:
+            return 0
+        if count == pages:
+            return length
+        # Some of them: where the first gap is takes a mapping to find out.
         cached = _cached_pages(descriptor, offset - before, before + length) * mmap.PAGESIZE - before
         return min(max(0, cached), length)
 
