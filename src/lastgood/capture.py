@@ -246,7 +246,6 @@ class _Walker:
         if dtype is None or plain is None:
             return self.describe_opaque(tensor, join_path(path, key) if key is not None else path)
         storage, stride = plain
-        self._numbers[identity] = len(self._numbers)
         shape, offset = tuple(tensor.shape), int(tensor.storage_offset())
         span = tensor.numel() if tensor.is_contiguous() else element_span(shape, stride)
         name, itemsize, is_complex = dtype
@@ -254,7 +253,10 @@ class _Walker:
             use = self.uses.add_span(storage, name, itemsize, offset, span)
         except UnsavableStorageError as error:
             place = join_path(path, key) if key is not None else path
+            if not self._pickling:
+                return self.describe_opaque(tensor, place)
             raise UnsupportedStateError(f"the tensor at key {place!r} {error}", tensor=place) from None
+        self._numbers[identity] = len(self._numbers)
         flags = "p" if type(tensor) is torch.nn.Parameter else ""
         if tensor.requires_grad:
             flags += "g"

@@ -5,6 +5,7 @@ for themselves in JSON; everything else is an array whose first item names the k
 """
 
 import functools
+import itertools
 import math
 import struct
 from collections.abc import Iterator
@@ -179,6 +180,7 @@ Node: TypeAlias = (
 NUMBERED = (TensorNode, DictNode, MapNode, OrderedDictNode, ListNode, SetNode, BytearrayNode)
 
 
+_FLAGS = frozenset("".join(letters) for count in range(5) for letters in itertools.combinations("pgcn", count))
 _FLOAT_SIZES: dict[type, int] = {FloatNode: 8, ComplexNode: 16}
 
 
@@ -255,7 +257,7 @@ def _check_nodes(index: Index) -> None:
         if isinstance(node, ReferenceNode) and node.number >= numbered:
             raise InvalidIndexError(f"a reference to object {node.number} before it was described")
         if isinstance(node, OpaqueNode):
-            if node.start + node.length > index.pickle_size or node.memo_size > node.length:
+            if not 0 < node.length <= index.pickle_size - node.start or node.memo_size > node.length:
                 raise InvalidIndexError("an opaque value outside data.pkl")
             if max(node.storages, default=-1) >= len(index.storages):
                 raise InvalidIndexError("an opaque value on a storage that is not there")
@@ -274,6 +276,8 @@ def _check_tensor(node: TensorNode, storages: list[StorageEntry]) -> None:
         raise InvalidIndexError(f"a tensor on storage {node.storage} of {len(storages)}")
     if len(node.shape) != len(node.stride):
         raise InvalidIndexError(f"a tensor of shape {node.shape} with strides {node.stride}")
+    if node.flags not in _FLAGS:
+        raise InvalidIndexError(f"a tensor with the flags {node.flags!r}")
     entry = storages[node.storage]
     if entry.dtype != node.dtype and entry.dtype != UNTYPED:
         raise InvalidIndexError(f"a {node.dtype} tensor on a {entry.dtype} storage")

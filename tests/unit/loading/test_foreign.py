@@ -378,9 +378,8 @@ def test_everything_that_torch_has_a_way_to_write(tmp_path: Path, name: str) -> 
             elif isinstance(found, torch.Tensor) and name != "meta":
                 assert found.shape == expected.shape
                 assert torch.equal(plain(found), plain(expected))
-            if name != "meta":  # parts of a file that holds tensors without data cannot be described yet
-                assert torch.equal(lastgood.load(file, {"w": torch.zeros(2)})["w"], torch.ones(2))
-                assert type(lastgood.load(file, {"x": None})["x"]) is type(expected)
+            assert torch.equal(lastgood.load(file, {"w": torch.zeros(2)})["w"], torch.ones(2))
+            assert type(lastgood.load(file, {"x": None})["x"]) is type(expected)
 
 
 def test_a_container_inside_itself(tmp_path: Path) -> None:
