@@ -49,6 +49,9 @@ _DTYPES: dict[torch.dtype, tuple[str, int, bool]] = {
 }
 """For each dtype that the index knows: its name, bytes an element, and whether it can carry a conjugate bit."""
 
+_NAMED_TENSORS = hasattr(torch.Tensor, "has_names")
+"""Whether this torch has named tensors, whose names no file keeps."""
+
 _SCALARS = frozenset({type(None), bool, int, float, str, bytes, bytearray, complex})
 _MAX_REPEATS = 1_000_000
 """How often tuples of tuples may be described again."""
@@ -243,6 +246,8 @@ class _Walker:
             return ReferenceNode(number)
         dtype = _DTYPES.get(tensor.dtype)
         plain = _plain_storage(tensor) if dtype is not None and not tensor.__dict__ else None
+        if _NAMED_TENSORS and any(getattr(tensor, "names", ())):  # torch's own pickling refuses them, and says why
+            plain = None
         if dtype is None or plain is None:
             return self.describe_opaque(tensor, join_path(path, key) if key is not None else path)
         storage, stride = plain

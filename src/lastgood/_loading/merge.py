@@ -42,12 +42,18 @@ class Merge:
         self._table = table
         self._path = path
         self._followed: set[int] = set()
+        self._met: set[tuple[int, int]] = set()
         self._assignments: list[tuple[Any, Any, Any]] = []
         self._root: Any = None
 
     def plan(self, target: Any, root: Node) -> None:
         """Compare; raises :class:`~lastgood.errors.TargetMismatchError`, before anything has been changed."""
         self._root = self._visit(target, root, "")
+        if isinstance(target, (MutableMapping, list)) and self._root is not target:
+            raise self._mismatch(
+                "",
+                f"the target is a {type(target).__name__}, the saved state is not, or is one that only a pickle describes",
+            )
 
     def check_opaque(self, opaque: Callable[[OpaqueNode], Any]) -> None:
         """Compare the targets of opaque values, once these are loaded and before anything has been changed."""
@@ -94,6 +100,8 @@ class Merge:
     def _visit_mapping(
         self, target: MutableMapping[Any, Any], node: DictNode | MapNode | OrderedDictNode, path: str
     ) -> Any:
+        if self._seen_before(target, node):
+            return target
         saved = node.items if isinstance(node, DictNode) else self._keyed(node)
         for key, wanted in target.items():
             key_path = join_path(path, key)
@@ -105,11 +113,21 @@ class Merge:
                 self._assignments.append((target, key, result))
         return target
 
+    def _seen_before(self, target: Any, node: Node) -> bool:
+        """Whether these two have met already: containers may stand in several places, and inside themselves."""
+        pair = (id(target), id(node))
+        if pair in self._met:
+            return True
+        self._met.add(pair)
+        return False
+
     def _keyed(self, node: MapNode | OrderedDictNode) -> dict[Any, Node]:
         keys = ValueBuilder(self._table, _UnknownKey, _UnknownKey)
         return {keys.build(key): value for key, value in node.items}
 
     def _visit_list(self, target: list[Any], node: ListNode, path: str) -> Any:
+        if self._seen_before(target, node):
+            return target
         results = [
             self._visit(target[number] if number < len(target) else None, item, join_path(path, list_position(number)))
             for number, item in enumerate(node.items)
@@ -145,9 +163,10 @@ class Merge:
         return target
 
     def _mismatch(self, path: str, what: str) -> TargetMismatchError:
+        place, advice = (f"the key {path!r} of", "Pass None for this key") if path else ("", "Load without a target")
         return TargetMismatchError(
-            f"cannot load the key {path!r} of {self._path}: {what}. Nothing has been changed. "
-            "Pass None for this key to get the saved tensor as it is.",
+            f"cannot load {place} {self._path} into the target: {what}. Nothing has been changed. {advice} to get what "
+            "was saved as it is.",
             path=self._path,
             tensor=path,
         )

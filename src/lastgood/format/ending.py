@@ -40,14 +40,15 @@ class Ending:
         return blocks_bytes
 
 
-def find_ending(file: StoredFile) -> Ending | None:
-    """The ending of ``file``, or ``None`` if lastgood did not write it.
+def find_ending(file: StoredFile, tail_size: int = _TAIL_SIZE) -> Ending | None:
+    """The ending of ``file``, or ``None`` if lastgood did not write it; ``tail_size`` bytes are read in one go.
 
     Raises :class:`~lastgood.errors.CorruptCheckpointError` for a trailer that leads nowhere.
     """
     if file.size < END_SIZE + TRAILER_DISTANCE:
         return None
-    tail = _fetch(file, b"", max(0, file.size - _TAIL_SIZE), min(file.size, _TAIL_SIZE))
+    tail_size = min(file.size, tail_size)
+    tail = _fetch(file, b"", file.size - tail_size, tail_size)
     directory_offset = parse_end(tail[-END_SIZE:], file.size)
     if directory_offset is None:
         return None

@@ -6,6 +6,7 @@ import msgspec
 
 from lastgood.errors import corrupt
 from lastgood.format.ending import find_ending
+from lastgood.format.image import END_SIZE
 from lastgood.format.spec import crc32
 from lastgood.storage.base import StoredFile
 
@@ -40,7 +41,7 @@ def read_identity(file: StoredFile) -> FileIdentity | None:
     Checks the index against its checksum and nothing else. Raises
     :class:`~lastgood.errors.CorruptCheckpointError` where that fails.
     """
-    ending = find_ending(file)
+    ending = find_ending(file, tail_size=END_SIZE)
     if ending is None:
         return None
     try:

@@ -3,7 +3,7 @@
 import gc
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -526,3 +526,25 @@ def test_an_interrupted_load_leaves_no_read_without_its_memory(file: Path, monke
         released.set()
         assert done.wait(60)
     assert written
+
+
+def test_a_target_that_holds_itself_is_filled(tmp_path: Path) -> None:
+    saved: dict[str, Any] = {"w": torch.ones(2), "inner": {}}
+    saved["inner"]["outer"] = saved
+    lastgood.save(saved, tmp_path / "state.pt")
+    target: dict[str, Any] = {"w": torch.zeros(2), "inner": {}}
+    target["inner"]["outer"] = target
+    assert lastgood.load(tmp_path / "state.pt", target) is target
+    assert torch.equal(target["w"], torch.ones(2))
+    assert target["inner"]["outer"] is target
+
+
+@pytest.mark.parametrize(
+    "saved", [[torch.ones(2)], torch.ones(2), 3, Counter(a=1)], ids=lambda saved: type(saved).__name__
+)
+def test_a_dict_as_target_of_what_is_no_dict_is_refused_and_untouched(tmp_path: Path, saved: object) -> None:
+    lastgood.save(saved, tmp_path / "state.pt")
+    target = {"a": torch.zeros(2)}
+    with pytest.raises(RuntimeError, match="the target is a dict, the saved state is not"):
+        lastgood.load(tmp_path / "state.pt", target)
+    assert torch.equal(target["a"], torch.zeros(2))
