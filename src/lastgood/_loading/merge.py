@@ -50,10 +50,8 @@ class Merge:
         """Compare; raises :class:`~lastgood.errors.TargetMismatchError`, before anything has been changed."""
         self._root = self._visit(target, root, "")
         if isinstance(target, (MutableMapping, list)) and self._root is not target:
-            raise self._mismatch(
-                "",
-                f"the target is a {type(target).__name__}, the saved state is not, or is one that only a pickle describes",
-            )
+            kind = type(target).__name__
+            raise self._mismatch("", f"the target is a {kind}, the saved state is not, or only a pickle describes it")
 
     def check_opaque(self, opaque: Callable[[OpaqueNode], Any]) -> None:
         """Compare the targets of opaque values, once these are loaded and before anything has been changed."""
