@@ -6,12 +6,12 @@ from typing import Any
 from lastgood import _events
 from lastgood._image_writer import new_save_id, write_durably
 from lastgood._loading.file import load_file
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS
 from lastgood._loading.values import MapLocation
 from lastgood.capture import capture
 from lastgood.errors import ConfigError, require_all
+from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.local import LocalStorage
-
-_NO_PROGRESS_TIMEOUT_SECS = 600.0
 
 
 def save(obj: Any, file: str | os.PathLike[str]) -> None:
@@ -26,7 +26,7 @@ def save(obj: Any, file: str | os.PathLike[str]) -> None:
         with _events.phase("capture", path):
             image = capture(obj).image(save_id=new_save_id(), rank=0, world_size=1, step=None, independent=False)
         upload = write_durably(
-            image, LocalStorage(), path, rank=None, no_progress_timeout_secs=_NO_PROGRESS_TIMEOUT_SECS
+            image, LocalStorage(), path, rank=None, no_progress_timeout_secs=NO_PROGRESS_TIMEOUT_SECS
         )
         try:
             with _events.phase("commit", path):
@@ -55,7 +55,7 @@ def load(
     ``map_location`` is that of ``torch.load``.
     """
     path = _path_of(file)
-    opened = LocalStorage().open(path)
+    opened = StorageInTime(LocalStorage(), NO_PROGRESS_TIMEOUT_SECS).open_unwatched(path)
     try:
         loaded, missing = load_file(
             opened, target, map_location=map_location, mmap=mmap, verify=verify, verify_first=verify_first

@@ -1,15 +1,16 @@
 """Reading checkpoints: one rank's file, after making sure that its save was committed."""
 
-import os
 from typing import Any
 
 from lastgood._loading.file import load_file
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS
 from lastgood._loading.values import MapLocation
-from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, UncommittedCheckpointError
+from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError, UncommittedCheckpointError
 from lastgood.format.archive import Archive
 from lastgood.format.commit import read_manifest
 from lastgood.format.manifest import Manifest, checkpoint_file, manifest_file
 from lastgood.format.spec import crc32
+from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
 from lastgood.types import STATE_DICT, RankInfo
@@ -20,7 +21,7 @@ class CheckpointReader:
 
     def __init__(self, rank_info: RankInfo, *, storage: StorageBackend | None = None) -> None:
         self._rank_info = rank_info
-        self._storage = LocalStorage() if storage is None else storage
+        self._storage = StorageInTime(LocalStorage() if storage is None else storage, NO_PROGRESS_TIMEOUT_SECS)
 
     def read(
         self,
@@ -50,7 +51,7 @@ class CheckpointReader:
         file_path = checkpoint_file(path, rank)
         if not self._storage.exists(file_path):
             raise self._not_found(path)
-        file = self._storage.open(file_path)
+        file = self._storage.open_unwatched(file_path)
         try:
 
             def admit(archive: Archive | None) -> None:
@@ -74,7 +75,7 @@ class CheckpointReader:
     def _not_found(self, path: str) -> Exception:
         rank = self._rank_info.global_rank
         known: dict[str, Any] = {"path": path, "rank": rank, "phase": "read"}
-        if os.path.isfile(path):
+        if self._is_file(path):
             return CheckpointNotFoundError(
                 f"{path} is a file; a checkpoint is a directory with a file for each rank. To load one file, use "
                 "lastgood.load.",
@@ -89,6 +90,13 @@ class CheckpointReader:
         return CheckpointNotFoundError(
             f"Checkpoint file not found at {checkpoint_file(path, rank)}: {reason}.", **known
         )
+
+    def _is_file(self, path: str) -> bool:
+        try:
+            self._storage.open(path).close()
+        except (CheckpointNotFoundError, StorageError):
+            return False
+        return True
 
     def _admit(self, path: str, archive: Archive, *, allow_uncommitted: bool) -> None:
         """Refuse a file that is not this rank's, or whose save was not committed, or that is of another save."""

@@ -9,6 +9,9 @@ from lastgood.checkpoint_writer import CheckpointWriter
 from lastgood.errors import require_all
 from lastgood.types import STATE_DICT
 
+_LONGEST_WRITE_SECS = 3600.0
+"""How long a synchronous save waits for a writer of the user's own that returns a future."""
+
 
 class Checkpointer(abc.ABC):
     """Saves and loads state dicts under paths."""
@@ -49,7 +52,10 @@ class SyncCheckpointer(Checkpointer):
 
         ``kwargs`` reach the writer's hooks. See :meth:`CheckpointWriter.write` for the order of things and the errors.
         """
-        self._writer.write(path=path, state_dict=state_dict, **kwargs)
+        pending = self._writer.write(path=path, state_dict=state_dict, **kwargs)
+        if pending is not None:
+            # A writer of the user's own that goes on in the background: durable is what its future says.
+            pending.result(_LONGEST_WRITE_SECS)
 
     def load(
         self,

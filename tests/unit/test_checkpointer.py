@@ -1,6 +1,7 @@
 """The synchronous checkpointer as a training script sees it."""
 
 import errno
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,19 @@ def test_a_damaged_checkpoint_can_be_replaced(checkpointer: SyncCheckpointer, tm
         checkpointer.load(str(tmp_path))
     checkpointer.save(str(tmp_path), state_of(1))
     assert_state(checkpointer.load(str(tmp_path)), 1)
+
+
+def test_save_waits_for_the_future_of_a_writer_of_the_users_own() -> None:
+    failed: Future[None] = Future()
+    failed.set_exception(OSError("the disk is gone"))
+
+    class Background(CheckpointWriter):
+        def __init__(self) -> None:
+            pass
+
+        def write(self, path: str, state_dict: dict[str, Any], **kwargs: Any) -> Future[None]:
+            return failed
+
+    checkpointer = SyncCheckpointer(Background(), CheckpointReader(RankInfo(0, 1)))
+    with pytest.raises(OSError, match="the disk is gone"):
+        checkpointer.save("anywhere", {})

@@ -10,7 +10,7 @@ from lastgood._loading.foreign import load_foreign, verify_foreign
 from lastgood._loading.foreign_into import load_foreign_into
 from lastgood._loading.merge import Merge
 from lastgood._loading.opaque_values import OpaqueValues, load_opaque_values
-from lastgood._loading.records import read_parts, read_whole
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data, read_parts, read_whole
 from lastgood._loading.targets import copy_into, in_pieces, naming_undefined_targets, split_targets
 from lastgood._loading.values import (
     MapLocation,
@@ -22,6 +22,7 @@ from lastgood._loading.values import (
     map_storages,
 )
 from lastgood._memory import bytes_at, paused_garbage_collection
+from lastgood._threads import call_with_timeout
 from lastgood.errors import ConfigError, CorruptCheckpointError, StorageError, corrupt
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.image import FIRST_STORAGE
@@ -52,7 +53,9 @@ def load_file(
     if mmap and (target is not None or verify_first):
         raise ConfigError("mmap=True maps the file and reads nothing: it goes with neither a target nor verify_first")
     with _events.phase("read", file.path, nbytes=file.size), paused_garbage_collection():
-        archive = open_archive(file)
+        archive = call_with_timeout(
+            lambda: open_archive(file), NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(file.path), name="open"
+        )
         admit(archive)
         if archive is None:
             if target is not None:

@@ -3,10 +3,7 @@
 from typing import Any
 
 from lastgood._loading.legacy import check_legacy
-from lastgood._loading.opaque_values import safe_torch_load
-from lastgood._loading.pickle_rules import PickleRules, storage_of
-from lastgood._loading.pickle_symbols import StorageSymbol
-from lastgood._loading.pickle_walk import IncompletePickleError, walk_pickle
+from lastgood._loading.opaque_values import refuse_unsafe, safe_torch_load
 from lastgood._loading.values import MapLocation
 from lastgood._loading.zip_directory import ZipRecord, is_zip, read_directory
 from lastgood._threads import run_all
@@ -57,22 +54,11 @@ def _check_pickle(file: StoredFile, records: dict[str, ZipRecord]) -> None:
     data = bytearray(record.size)
     file.read_into(record.offset, memoryview(data))
 
-    def claim(identity: tuple[Any, ...]) -> StorageSymbol:
-        if len(identity) != 5 or identity[0] != "storage" or type(identity[2]) is not str:
-            rules.broken("a reference to something that is not a storage")
-        storage = storage_of(identity[1], identity[4])
-        if storage is None:
-            rules.broken("a storage of no known kind")
-        stored = records.get(f"{prefix}/data/{identity[2]}".lower())
-        if stored is None or storage.nbytes > stored.size:
-            rules.broken(f"the storage {identity[2]!r}, which the file does not hold or not in full")
-        return storage
+    def size_of(key: str) -> int | None:
+        stored = records.get(f"{prefix}/data/{key}".lower())
+        return stored.size if stored is not None else None
 
-    rules = PickleRules(file.path, file.size)
-    try:
-        walk_pickle(data, 0, rules, claim)
-    except IncompletePickleError:
-        rules.broken("it has no end")
+    refuse_unsafe(file.path, file.size, data, size_of)
 
 
 def _check(file: StoredFile, records: list[ZipRecord]) -> None:

@@ -5,6 +5,7 @@ import pickle
 import re
 import threading
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lastgood._loading.pickle_rules import PickleRules, storage_of
 from lastgood._loading.pickle_symbols import StorageSymbol
 from lastgood._loading.pickle_walk import IncompletePickleError, walk_pickle
 from lastgood._loading.records import check_pickle, read_parts
-from lastgood._loading.values import MapLocation
+from lastgood._loading.values import MapLocation, is_meta, relocated
 from lastgood._memory import address_of
 from lastgood._torch_internals import untyped_storage_of
 from lastgood.errors import UnsafeCheckpointError, corrupt
@@ -37,6 +38,10 @@ _REFUSED = re.compile(
 
 
 _CHECKING_SPARSE_TENSORS = threading.RLock()
+
+
+_NOT_FILLED = re.compile(r"Can only (SETITEM|append|extend|build)", re.IGNORECASE)
+"""How it says that it puts items into no class but a few."""
 
 
 class OpaqueValues:
@@ -66,7 +71,8 @@ def load_opaque_values(archive: Archive, map_location: MapLocation, *, check: bo
     references = [_storage_reference(number, archive.index.storages[number].nbytes) for number in numbers]
     parts = [PROTOCOL, pickle.EMPTY_LIST, pickle.MARK, *bodies, *references, pickle.APPENDS, pickle.STOP]
     small_pickle = b"".join(parts)
-    _refuse_unsafe(archive, small_pickle, numbers)
+    sizes = {str(number): archive.index.storages[number].nbytes for number in numbers}
+    refuse_unsafe(archive.file.path, archive.file.size, small_pickle, sizes.get)
     small = io.BytesIO()
     with zipfile.ZipFile(small, "w") as file:
         file.writestr(PICKLE_RECORD, small_pickle)
@@ -92,42 +98,70 @@ def load_opaque_values(archive: Archive, map_location: MapLocation, *, check: bo
     return OpaqueValues(values, storages)
 
 
-def safe_torch_load(file: Any, path: str, **arguments: Any) -> Any:
-    """``torch.load(weights_only=True)``, with its failures as errors of ours that name ``path``."""
+def safe_torch_load(file: Any, path: str, *, map_location: MapLocation, **arguments: Any) -> Any:
+    """``torch.load(weights_only=True)``, with its failures as errors of ours that name ``path``.
+
+    What ``map_location`` raises, or torch where a device is missing, comes through as it is: no fault of the file's.
+    """
+    failures: list[Exception] = []
+
+    def locate(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        try:
+            return relocated(storage, location, map_location)
+        except Exception as error:
+            failures.append(error)
+            raise
+
     try:
         # Unchecked, the indices of a sparse tensor could lead operations on it outside its memory. The switch is the
         # whole process's.
         with _CHECKING_SPARSE_TENSORS, torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
-            return torch.load(file, weights_only=True, **arguments)
-    except pickle.UnpicklingError as error:
+            where: Any = map_location if is_meta(map_location) else locate
+            return torch.load(file, weights_only=True, map_location=where, **arguments)
+    except Exception as error:
+        if failures:
+            raise failures[0] from None
+        raise _torch_failure(error, path) from error
+
+
+def _torch_failure(error: Exception, path: str) -> Exception:
+    """What an exception from torch's loader means."""
+    if isinstance(error, pickle.UnpicklingError):
         refused = _REFUSED.search(str(error))
         if refused is not None:
-            raise UnsafeCheckpointError(
+            return UnsafeCheckpointError(
                 f"{path} names {refused[1]}, which is not on torch's list of what is safe to load; nothing of the file "
                 f"was run. If you trust the file, allow it by torch.serialization.add_safe_globals([{refused[1]}]) and "
                 "load again.",
                 path=path,
-            ) from error
-        raise corrupt(path, f"its pickle cannot be read: {error}") from error
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError) as error:
-        raise corrupt(path, f"torch.load could not read it: {error}") from error
+            )
+        if _NOT_FILLED.search(str(error)):
+            return UnsafeCheckpointError(
+                f"{path} holds a list or dict of a class of its own, which torch's safe loader never fills, whatever "
+                "is allowed; nothing of the file was run. If you trust it, torch.load(weights_only=False) reads it.",
+                path=path,
+            )
+        return corrupt(path, f"its pickle cannot be read: {error}")
+    if isinstance(error, (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError)):
+        return corrupt(path, f"torch.load could not read it: {error}")
+    return error
 
 
-def _refuse_unsafe(archive: Archive, pickle_bytes: bytes, numbers: list[int]) -> None:
-    """Raise unless the pickle only makes values, and on the storages of these numbers."""
-    sizes = {str(number): archive.index.storages[number].nbytes for number in numbers}
-    rules = PickleRules(archive.file.path, archive.file.size)
+def refuse_unsafe(path: str, file_size: int, data: bytes | bytearray, size_of: Callable[[str], int | None]) -> None:
+    """Raise unless the pickle only makes values, on storages that are there; ``size_of`` knows their bytes by key."""
+    rules = PickleRules(path, file_size)
 
     def claim(identity: tuple[Any, ...]) -> StorageSymbol:
         storage = storage_of(identity[1], identity[4]) if len(identity) == 5 and identity[0] == "storage" else None
         if storage is None or type(identity[2]) is not str:
             rules.broken("a reference to something that is not a storage")
-        if storage.nbytes > sizes.get(identity[2], -1):
-            rules.broken(f"the storage {identity[2]!r}, which is not listed or not so large")
+        size = size_of(identity[2])
+        if size is None or storage.nbytes > size:
+            rules.broken(f"the storage {identity[2]!r}, which the file does not hold or not in full")
         return storage
 
     try:
-        walk_pickle(pickle_bytes, 0, rules, claim)
+        walk_pickle(data, 0, rules, claim)
     except IncompletePickleError:
         rules.broken("it has no end")
 

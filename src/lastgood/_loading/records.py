@@ -29,6 +29,16 @@ _SMALL_FILE_THREADS = 2
 NO_PROGRESS_TIMEOUT_SECS = 600.0
 
 
+def no_data(path: str) -> StorageError:
+    """The error for a file whose storage does not answer."""
+    return StorageError(
+        f"storage gave no data for {NO_PROGRESS_TIMEOUT_SECS:g} s while {path} was being read; nothing was changed "
+        "on disk. Look at the file system, then load again.",
+        path=path,
+        phase="read",
+    )
+
+
 def read_parts(archive: Archive, requests: Sequence[Request], *, check: bool, owner: object) -> None:
     """Bring the requested bytes into memory; with ``check``, every block they lie in is compared with its checksum.
 
@@ -72,15 +82,6 @@ def check_pickle(archive: Archive, pickle_bytes: memoryview) -> None:
 
 
 def _execute(archive: Archive, reads: list[Read], addresses: Mapping[int, int], *, check: bool, owner: object) -> None:
-    def timed_out() -> StorageError:
-        path = archive.file.path
-        return StorageError(
-            f"storage gave no data for {NO_PROGRESS_TIMEOUT_SECS:g} s while {path} was being read; nothing was changed "
-            "on disk. Look at the file system, then load again.",
-            path=path,
-            phase="read",
-        )
-
     def execute(read: Read, owner: object = owner) -> None:
         if isinstance(read, DirectRead):
             _read_direct(archive, read, check=check)
@@ -90,7 +91,7 @@ def _execute(archive: Archive, reads: list[Read], addresses: Mapping[int, int], 
             _read_records(archive, read, addresses)
 
     threads = READER_THREADS if archive.file.size > _SMALL_FILE else _SMALL_FILE_THREADS
-    run_all(reads, execute, threads, NO_PROGRESS_TIMEOUT_SECS, timed_out, name="read")
+    run_all(reads, execute, threads, NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(archive.file.path), name="read")
 
 
 def _read_direct(archive: Archive, read: DirectRead, *, check: bool) -> None:

@@ -149,7 +149,7 @@ class StoragePool:
     @property
     def without_data(self) -> bool:
         """Whether everything goes to the meta device, so that nothing need be read."""
-        return isinstance(self._map_location, (str, torch.device)) and torch.device(self._map_location).type == "meta"
+        return is_meta(self._map_location)
 
     def _try_locations(self) -> None:
         """Find out before anything is read whether what will be read can go where it belongs."""
@@ -249,6 +249,11 @@ def _is_device(name: str) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def is_meta(map_location: MapLocation) -> bool:
+    """Whether everything goes to the meta device, so that no data need be read."""
+    return isinstance(map_location, (str, torch.device)) and str(map_location).partition(":")[0] == "meta"
 
 
 class ObjectTable:

@@ -31,27 +31,11 @@ class StorageInTime:
         self._timeout_secs = timeout_secs
 
     def begin(self, path: str, size: int) -> StreamedWrite:
-        lock = threading.Lock()
-        begun: list[StreamedWrite] = []
-        given_up = False
+        def undo(write: StreamedWrite) -> None:
+            _WriteInTime(write, path, self._call).abort()
 
-        def begin() -> None:
-            write = self._storage.begin(path, size)
-            with lock:
-                begun.append(write)
-            if given_up:
-                write.abort()
-
-        try:
-            self._call(begin, "begin", path, _NOTHING)
-        except BaseException:
-            with lock:
-                given_up = True
-                late = list(begun)
-            for write in late:
-                _WriteInTime(write, path, self._call).abort()
-            raise
-        return _WriteInTime(begun[0], path, self._call)
+        write = self._obtain(lambda: self._storage.begin(path, size), undo, "begin", path, _NOTHING)
+        return _WriteInTime(write, path, self._call)
 
     def put(self, path: str, data: Buffer) -> None:
         self._call(lambda: self._storage.put(path, data), "put", path, _UNKNOWN)
@@ -60,7 +44,11 @@ class StorageInTime:
         self._call(lambda: self._storage.put_if_absent(path, data), "put", path, _UNKNOWN)
 
     def open(self, path: str) -> StoredFile:
-        return _FileInTime(self._call(lambda: self._storage.open(path), "open", path, _READ_ONLY), self._call)
+        return _FileInTime(self.open_unwatched(path), self._call)
+
+    def open_unwatched(self, path: str) -> StoredFile:
+        """Open in time; the reads are for the caller to watch over."""
+        return self._obtain(lambda: self._storage.open(path), lambda file: file.close(), "open", path, _READ_ONLY)
 
     def exists(self, path: str) -> bool:
         return self._call(lambda: self._storage.exists(path), "exists", path, _READ_ONLY)
@@ -70,6 +58,33 @@ class StorageInTime:
 
     def delete(self, path: str) -> None:
         self._call(lambda: self._storage.delete(path), "delete", path, "The file may still be there.")
+
+    def _obtain(
+        self, function: Callable[[], Result], undo: Callable[[Result], None], phase: str, path: str, safe: str
+    ) -> Result:
+        """The result of ``function``; one that comes too late is undone."""
+        lock = threading.Lock()
+        results: list[Result] = []
+        given_up = False
+
+        def obtain() -> None:
+            result = function()
+            with lock:
+                results.append(result)
+                late = given_up
+            if late:
+                undo(result)
+
+        try:
+            self._call(obtain, phase, path, safe)
+        except BaseException:
+            with lock:
+                given_up = True
+                unwanted = list(results)
+            for result in unwanted:
+                undo(result)
+            raise
+        return results[0]
 
     def _call(self, function: Callable[[], Result], phase: str, path: str, safe: str) -> Result:
         def timed_out() -> StorageError:
