@@ -29,6 +29,7 @@ __all__ = [
     "TargetMismatchError",
     "UncommittedCheckpointError",
     "UnsafeCheckpointError",
+    "UnsafeValueWarning",
     "UnsupportedStateError",
     "WriterHook",
     "__version__",
@@ -58,6 +59,7 @@ _HOMES = {
         "TargetMismatchError",
         "UncommittedCheckpointError",
         "UnsafeCheckpointError",
+        "UnsafeValueWarning",
         "UnsupportedStateError",
     ),
     "types": ("RankInfo",),
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
         TargetMismatchError,
         UncommittedCheckpointError,
         UnsafeCheckpointError,
+        UnsafeValueWarning,
         UnsupportedStateError,
     )
     from lastgood.types import RankInfo

@@ -8,13 +8,14 @@ import sys
 import types
 import warnings
 import zipfile
+from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
 
 from lastgood._storage_uses import StorageUse, StorageUses, UnsavableStorageError, location_of, without_bytes
 from lastgood._torch_internals import untyped_storage_of
-from lastgood.errors import UnsupportedStateError
+from lastgood.errors import UnsafeValueWarning, UnsupportedStateError
 from lastgood.format.index import element_span
 from lastgood.format.spec import (
     DTYPES,
@@ -26,13 +27,12 @@ from lastgood.format.spec import (
 )
 
 _PROTOCOL = 2
-_ITERATORS = (3, 4)
+_LIST_ITEMS, _DICT_ITEMS = _ITERATORS = (3, 4)
+_FILLED: dict[int, tuple[type, ...]] = {_LIST_ITEMS: (list,), _DICT_ITEMS: (dict, OrderedDict, Counter)}
+"""The classes that torch's safe loader puts list items or dict items into; for any other it refuses the file."""
+
 _SUB_BYTE = ("quint4x2", "quint2x4")
 _NOT_REDUCED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
-
-
-class UnsafeValueWarning(UserWarning):
-    """A value is being saved that a safe load will refuse."""
 
 
 def type_name(value: Any) -> str:
@@ -62,13 +62,16 @@ class OpaquePickler:
         self._pickler: _Pickler | None = None
         self._path = ""
         self._named: set[int] = set()
+        self._unfillable: set[str] = set()
         self._empty: dict[int, torch.UntypedStorage] = {}
 
-    def rehearse(self, value: Any, path: str) -> bytes:
-        """Find the storages that ``value`` uses; returns its pickle with offsets that are not yet final."""
+    def rehearse(self, value: Any, path: str) -> None:
+        """Find the storages that ``value`` uses. Warns, naming ``path``, if a safe load will refuse the value."""
         output = io.BytesIO()
+        self._unfillable.clear()
         self._dump(_Pickler(output, self, final=False), value, path)
-        return output.getvalue()
+        # The offsets in this pickle are not yet final; what it names is.
+        _warn_if_refused(output.getvalue(), sorted(self._unfillable), value, path)
 
     def pickle(self, value: Any, path: str) -> tuple[bytes, int, tuple[int, ...]]:
         """The final body (no protocol header, no stop), how many memo entries it fills, and its storages' numbers."""
@@ -111,6 +114,7 @@ class OpaquePickler:
         parts = [
             iter(part) if number in _ITERATORS and part is not None else part for number, part in enumerate(reduction)
         ]
+        self._unfillable.update(_unfillable_classes(value, reduction))
         if isinstance(value, torch.Tensor):
             parts[1] = self._with_places(parts[1], final=final)
         return tuple(parts)
@@ -119,9 +123,16 @@ class OpaquePickler:
         if isinstance(value, torch.Tensor) and value.device.type == "meta":
             # torch would write its shape and bring back a tensor without data: found out on the day of the restore.
             raise UnsavableStorageError(without_bytes(value.device))
+        if isinstance(value, torch.Tensor) and value.is_quantized and not isinstance(value, torch.nn.Parameter):
+            # A parameter pickles its data as a tensor of its own, which comes by here in its turn.
+            attributes = value.__dict__
+            value = _without_repeats(value)
+            value.__dict__.update(attributes)
         reducer = copyreg.dispatch_table.get(type(value))
         reduction = reducer(value) if reducer is not None else value.__reduce_ex__(_PROTOCOL)
         if isinstance(reduction, tuple):
+            if isinstance(value, torch.Tensor) and (value.is_nested or value.layout is not torch.strided):
+                reduction = (reduction[0], _without_repeats(reduction[1]), *reduction[2:])
             # List items and dict items come as iterators, which can be run through only once.
             return tuple(
                 list(part) if number in _ITERATORS and part is not None else part
@@ -212,8 +223,52 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def warn_if_refused(pickled: bytes, value: Any, path: str) -> None:
-    """Warn, naming ``path``, if a safe load would refuse this pickle."""
+def _without_repeats(value: Any) -> Any:
+    """A tensor, or the tensors in a tuple, with memory for every element.
+
+    A load refuses a quantised tensor, or a part of a sparse or nested one, that has more elements than memory: making
+    the whole of it could take any amount.
+    """
+    if type(value) is tuple:
+        return tuple(map(_without_repeats, value))
+    if not isinstance(value, torch.Tensor) or value.is_nested or value.layout is not torch.strided:
+        return value
+    try:
+        repeats = value.numel() > element_span(tuple(value.shape), value.stride())
+    except RuntimeError:  # has no strides
+        return value
+    return value.contiguous() if repeats else value
+
+
+def _unfillable_classes(value: Any, reduction: tuple[Any, ...]) -> set[str]:
+    """The class of what a reduction makes, if it then has items put into it that torch's safe loader refuses."""
+    made, arguments = reduction[:2]
+    if made is copyreg.__newobj__:  # type: ignore[attr-defined]
+        made = arguments[0]
+    if not isinstance(made, type):
+        made = type(value)
+    items = dict(enumerate(reduction))
+    refused = any(items.get(number) and made not in filled for number, filled in _FILLED.items())
+    return {f"{made.__module__}.{made.__qualname__}"} if refused else set()
+
+
+def _warn_if_refused(pickled: bytes, unfillable: list[str], value: Any, path: str) -> None:
+    """Warn, naming ``path``, if a safe load would refuse this pickle, or the items of the ``unfillable`` classes."""
+    why = _never_loaded(unfillable) if unfillable else _not_yet_allowed(pickled)
+    if why:
+        place = f"the value at key {path!r}" if path else "the object"
+        message = f"{place} ({type_name(value)}) is saved, but a safe load will refuse it {why}"
+        warnings.warn(message, UnsafeValueWarning, stacklevel=_stack_level())
+
+
+def _never_loaded(unfillable: list[str]) -> str:
+    return (
+        "whatever is allowed by torch.serialization.add_safe_globals: torch puts no items into "
+        f"{', '.join(unfillable)}. Save a plain copy in its place: dict(value) or list(value)"
+    )
+
+
+def _not_yet_allowed(pickled: bytes) -> str | None:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr(PICKLE_RECORD, pickled)
@@ -222,16 +277,10 @@ def warn_if_refused(pickled: bytes, value: Any, path: str) -> None:
     try:
         refused = torch.serialization.get_unsafe_globals_in_checkpoint(archive)
     except pickle.UnpicklingError as error:
-        refused = [str(error)]
+        return f"whatever is allowed by torch.serialization.add_safe_globals: {error}"
     if not refused:
-        return
-    place = f"the value at key {path!r}" if path else "the object"
-    warnings.warn(
-        f"{place} ({type_name(value)}) is saved, but a safe load will refuse it unless these are allowed first by "
-        f"torch.serialization.add_safe_globals: {', '.join(sorted(refused))}",
-        UnsafeValueWarning,
-        stacklevel=_stack_level(),
-    )
+        return None
+    return f"unless these are allowed first by torch.serialization.add_safe_globals: {', '.join(sorted(refused))}"
 
 
 def _stack_level() -> int:

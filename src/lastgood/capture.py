@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lastgood._memory import paused_garbage_collection
-from lastgood._opaque import OpaquePickler, type_name, warn_if_refused
+from lastgood._opaque import OpaquePickler, type_name
 from lastgood._storage_uses import StorageUse, StorageUses, UnsavableStorageError
 from lastgood.errors import UnsupportedStateError
 from lastgood.format.index import (
@@ -277,8 +277,7 @@ class _Walker:
         """A value that goes into the pickle as Python's own pickler writes it."""
         node = OpaqueNode(0, 0, 0, (), type_name(value))
         if self._pickling:
-            rehearsed = self._pickler.rehearse(value, path)
-            warn_if_refused(rehearsed, value, path)
+            self._pickler.rehearse(value, path)
         self.opaque.append((node, value, path))
         return node
 

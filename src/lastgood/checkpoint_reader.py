@@ -39,8 +39,9 @@ class CheckpointReader:
 
         Without ``state_dict``, everything, newly made. With it, just its keys: into its tensors in place, newly made
         where it holds ``None``, other values replaced; the same dict is returned, and the dotted paths of keys that
-        are missing (a key missing with all below it once). A target of another shape or dtype raises
-        :class:`~lastgood.errors.TargetMismatchError` before anything is changed.
+        are missing (a key missing with all below it once). Lists and tuples are matched item by item; positions that
+        were not saved are missing too. A target of another shape or dtype, or a container with tensors where something
+        else was saved, raises :class:`~lastgood.errors.TargetMismatchError` before anything is changed.
 
         ``verify`` compares all that is read with its checksums; ``verify_first`` checks the whole file before any
         target is touched; ``mmap`` maps the file and checks nothing but its index; ``allow_uncommitted`` reads a file

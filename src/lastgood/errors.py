@@ -20,6 +20,7 @@
     `-- BarrierTimeoutError          (TimeoutError)
 
 The built-in class in brackets is a base too, so code that catches what PyTorch raises goes on working.
+A save that succeeds may still warn, by :class:`UnsafeValueWarning`.
 """
 
 import pickle
@@ -66,7 +67,10 @@ class UnsupportedStateError(LastgoodError, pickle.PicklingError, TypeError):
 
 
 class TargetMismatchError(LastgoodError, RuntimeError):
-    """A tensor to load into differs in shape or dtype from the saved one. No target has been changed."""
+    """What was saved does not fit the target: another shape or dtype, or another kind of value where tensors stand.
+
+    No target has been changed.
+    """
 
 
 class MissingKeysError(LastgoodError, RuntimeError):
@@ -122,6 +126,10 @@ class BarrierTimeoutError(LastgoodError, TimeoutError):
     def __init__(self, message: str, *, missing_ranks: tuple[int, ...] = (), **known: Any) -> None:
         super().__init__(message, **known)
         self.missing_ranks = missing_ranks
+
+
+class UnsafeValueWarning(UserWarning):
+    """A value is being saved that a safe load will refuse; the message names its key path and what would help."""
 
 
 Loaded = TypeVar("Loaded")

@@ -40,7 +40,7 @@ def defined() -> dict[str, type[LastgoodError]]:
     return {
         name: value
         for name, value in vars(errors).items()
-        if inspect.isclass(value) and value.__module__ == errors.__name__
+        if inspect.isclass(value) and value.__module__ == errors.__name__ and not issubclass(value, Warning)
     }
 
 

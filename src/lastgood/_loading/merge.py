@@ -1,6 +1,6 @@
 """Partial loads: comparing what is wanted with what a file holds, before anything is touched."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class _Fresh:
         self.node = node
 
 
+class _Items(tuple[Any, ...]):
+    """Stands for a tuple that will be newly made, unlike a tuple of the target's that stays as it is."""
+
+
 class Merge:
     """A plan to load a file into a nested target: made first, carried out only when it holds.
 
@@ -50,8 +54,7 @@ class Merge:
         """Compare; raises :class:`~lastgood.errors.TargetMismatchError`, before anything has been changed."""
         self._root = self._visit(target, root, "")
         if isinstance(target, (MutableMapping, list)) and self._root is not target:
-            kind = type(target).__name__
-            raise self._mismatch("", f"the target is a {kind}, the saved state is not, or only a pickle describes it")
+            raise self._other_kind("", target)
 
     def check_opaque(self, opaque: Callable[[OpaqueNode], Any]) -> None:
         """Compare the targets of opaque values, once these are loaded and before anything has been changed."""
@@ -77,21 +80,24 @@ class Merge:
     def _value(self, pending: Any, builder: ValueBuilder) -> Any:
         if isinstance(pending, _Fresh):
             return builder.build(pending.node)
-        if type(pending) is tuple:
+        if isinstance(pending, _Items):
             return tuple([self._value(item, builder) for item in pending])
         return pending
 
     def _visit(self, target: Any, node: Node, path: str) -> Any:
-        """What will stand at ``path``: the target itself, a tuple of such, or a :class:`_Fresh`."""
+        """What will stand at ``path``: the target itself, :class:`_Items` of such, or a :class:`_Fresh`."""
         node = self._table.resolve(node)
         if isinstance(target, torch.Tensor):
             return self._visit_tensor(target, node, path)
         if isinstance(target, MutableMapping) and isinstance(node, (DictNode, MapNode, OrderedDictNode)):
             return self._visit_mapping(target, node, path)
-        if isinstance(target, list) and isinstance(node, ListNode):
+        if isinstance(target, list) and isinstance(node, (ListNode, TupleNode)):
             return self._visit_list(target, node, path)
-        if type(target) is tuple and isinstance(node, TupleNode):
-            return self._visit_tuple(target, node, path)
+        if type(target) is tuple and isinstance(node, (ListNode, TupleNode)):
+            return self._visit_items(target, node, path)
+        if _holds_tensor(target):
+            # Replaced, it would leave whoever gave these tensors with what they held before.
+            raise self._other_kind(path, target)
         self.fresh.extend(tensors_in(node, self._table, self._followed))
         return _Fresh(node)
 
@@ -123,21 +129,20 @@ class Merge:
         keys = ValueBuilder(self._table, _UnknownKey, _UnknownKey)
         return {keys.build(key): value for key, value in node.items}
 
-    def _visit_list(self, target: list[Any], node: ListNode, path: str) -> Any:
-        if self._seen_before(target, node):
-            return target
+    def _visit_list(self, target: list[Any], node: ListNode | TupleNode, path: str) -> Any:
+        if not self._seen_before(target, node):
+            self._assignments.append((target, slice(None), self._visit_items(target, node, path)))
+        return target
+
+    def _visit_items(self, target: list[Any] | tuple[Any, ...], node: ListNode | TupleNode, path: str) -> _Items:
+        """What will stand in ``target``: the saved items, then those of its own for whose positions none was saved."""
         results = [
             self._visit(target[number] if number < len(target) else None, item, join_path(path, list_position(number)))
             for number, item in enumerate(node.items)
         ]
-        self._assignments.append((target, slice(None), tuple(results)))
-        return target
-
-    def _visit_tuple(self, target: tuple[Any, ...], node: TupleNode, path: str) -> Any:
-        return tuple(
-            self._visit(target[number] if number < len(target) else None, item, join_path(path, list_position(number)))
-            for number, item in enumerate(node.items)
-        )
+        for number in range(len(results), len(target)):
+            self.missing.append(join_path(path, list_position(number)))
+        return _Items((*results, *target[len(results) :]))
 
     def _visit_tensor(self, target: torch.Tensor, node: Node, path: str) -> Any:
         if isinstance(node, TensorNode):
@@ -160,6 +165,10 @@ class Merge:
         self._table.remember(node, target)
         return target
 
+    def _other_kind(self, path: str, target: Any) -> TargetMismatchError:
+        kind, saved = type(target).__name__, "value" if path else "state"
+        return self._mismatch(path, f"the target is a {kind}, the saved {saved} is not, or only a pickle describes it")
+
     def _mismatch(self, path: str, what: str) -> TargetMismatchError:
         place, advice = (f"the key {path!r} of", "Pass None for this key") if path else ("", "Load without a target")
         return TargetMismatchError(
@@ -168,6 +177,19 @@ class Merge:
             path=self._path,
             tensor=path,
         )
+
+
+def _holds_tensor(target: Any) -> bool:
+    """Whether there is a tensor anywhere in these mappings, lists and tuples, which may hold themselves."""
+    waiting, seen = [target], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            return True
+        if isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, Mapping) else value
+    return False
 
 
 class _UnknownKey:

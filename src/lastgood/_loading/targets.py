@@ -18,11 +18,13 @@ def split_targets(
     """The targets whose memory the saved bytes can be read straight into, at the same time, and in order all others.
 
     A target that shares memory with another one is among the others, so that the last one wins, as with assignments;
-    only of targets that are the same memory for the same saved bytes (tied weights) one is enough.
+    only of targets that are the same memory for the same saved bytes (tied weights) one is enough, as long as nothing
+    else overlaps them: what lies between two of them in the order must not undo the last.
     """
     direct: dict[int, tuple[torch.Tensor, TensorNode]] = {}
     spans: list[tuple[int, int, int]] = []
-    seen: set[tuple[int, int, int, int]] = set()
+    same: dict[tuple[int, int, int, int], list[int]] = {}
+    repeated: dict[int, list[int]] = {}
     others: set[int] = set()
     for number, (tensor, node) in enumerate(targets):
         if not _has_address(tensor):
@@ -35,16 +37,17 @@ def split_targets(
         span = count if tensor.is_contiguous() else element_span(tuple(tensor.shape), tensor.stride())
         if type(node) is TensorNode and _is_read_into(tensor, node):
             place = (address, node.storage, *byte_range(node))
-            if place in seen:
+            if place in same:
+                same[place].append(number)
                 continue
-            seen.add(place)
+            same[place] = repeated[number] = []
             direct[number] = (tensor, node)
         else:
             others.add(number)
         spans.append((address, address + span * tensor.itemsize, number))
     for number in _overlapping(spans):
         if direct.pop(number, None) is not None:
-            others.add(number)
+            others.update([number, *repeated[number]])
     return list(direct.values()), [targets[number] for number in sorted(others)]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.serialization import config
 
 import lastgood
-from lastgood._opaque import UnsafeValueWarning
+from lastgood.errors import UnsafeValueWarning
 
 
 def save_and_listen(state: Any, path: Path) -> list[str]:

@@ -7,7 +7,8 @@ import copyreg
 import dataclasses
 import enum
 import functools
-from collections import Counter, OrderedDict, defaultdict
+import pickle
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from tests.unit.capture.comparing import assert_same
 from tests.unit.capture.files import is_safe, loaded_by_torch, loaded_by_us, save_and_listen
 
 import lastgood
-from lastgood._opaque import UnsafeValueWarning
-from lastgood.errors import UnsafeCheckpointError
+from lastgood.errors import UnsafeCheckpointError, UnsafeValueWarning
 from lastgood.format.spec import MAX_INDEX_DEPTH
 
 pytestmark = [
@@ -46,6 +46,29 @@ class Flavour(enum.Enum):
 class Progress:
     step: int
     history: list[int]
+
+
+class Settings(dict[str, Any]):
+    """A dict as users extend it."""
+
+
+class Losses(list[float]):
+    """A list as users extend it."""
+
+
+class Votes(Counter[str]):
+    """A counter as users extend it; Python makes it at once, from a plain dict."""
+
+
+class Ordered(OrderedDict[str, Any]):
+    """An ordered dict as users extend it."""
+
+
+class Renamed(dict[str, Any]):
+    """A dict that pickles as one of torch's own kind."""
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 Point = collections.namedtuple("Point", "x y")
@@ -375,11 +398,99 @@ def test_an_allowed_class_is_not_warned_of_and_loads(tmp_path: Path) -> None:
             assert_same(vars(loaded["value"]), vars(value))
 
 
+UNFILLABLE = [
+    (Settings(lr=0.1), Settings),
+    (Losses([1.0]), Losses),
+    (Ordered(lr=0.1), Ordered),
+    (deque([1, 2]), deque),
+    (defaultdict(list, a=[1]), defaultdict),
+    (argparse.Namespace(recent=deque([1], maxlen=3)), deque),
+]
+
+
+@pytest.mark.parametrize(("value", "kind"), UNFILLABLE, ids=lambda value: getattr(value, "__name__", ""))
+def test_items_that_no_allow_list_helps_are_warned_of(value: Any, kind: type, tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    with torch.serialization.safe_globals([type(value), kind, list]):
+        # The second value shares the first one's object: it is warned of too.
+        warnings = save_and_listen({"config": value, "again": argparse.Namespace(value=value)}, path)
+        assert ["'config'" in warning for warning in warnings] == [True, False]
+        assert ["'again'" in warning for warning in warnings] == [False, True]
+        for warning in warnings:
+            assert "whatever is allowed" in warning
+            assert "unless" not in warning
+            assert f"{kind.__module__}.{kind.__qualname__}" in warning
+            assert "dict(value) or list(value)" in warning
+        save_and_listen({"config": value}, path)
+        with pytest.raises(pickle.UnpicklingError, match=r"Can only (SETITEM|append to|extend)"):
+            torch.load(path, weights_only=True)
+        with pytest.raises(UnsafeCheckpointError):
+            lastgood.load(path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Settings(), Losses(), deque(), defaultdict(list), Votes("abca"), Renamed(lr=0.1)],
+    ids=lambda value: type(value).__name__,
+)
+def test_allowed_classes_without_items_to_put_in_load(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    with torch.serialization.safe_globals([type(value), list]):
+        assert save_and_listen({"value": value}, path) == []
+        for loaded in (*loaded_by_torch(path, safe=True), *loaded_by_us(path)):
+            assert loaded["value"] == value
+
+
+def repeating() -> dict[str, torch.Tensor]:
+    """Tensors that have more elements than memory, in parts that the index does not describe."""
+    one = torch.ones(1)
+    quantised = torch.quantize_per_tensor(torch.ones(1, 4), 0.5, 0, torch.qint8).expand(3, 4)
+    named = quantised.expand(3, 4)
+    named.label = "scale"  # type: ignore[attr-defined]
+    return {
+        "values": torch.sparse_coo_tensor(torch.tensor([[0, 1]]), one.expand(2), (3,)),
+        "indices": torch.sparse_coo_tensor(torch.tensor([[0]]).expand(2, 3), torch.ones(3), (3, 3)),
+        "rows": torch.sparse_csr_tensor(torch.tensor([0, 1, 2]), torch.tensor([0, 1]), one.expand(2), (2, 2)),
+        "parameter": torch.nn.Parameter(torch.sparse_coo_tensor(torch.tensor([[0, 1]]), one.expand(2), (3,))),
+        "gradient": torch.sparse_csr_tensor([0, 1, 2], [0, 1], one.expand(2), (2, 2)).requires_grad_(),
+        "quantised": quantised,
+        "quantised parameter": torch.nn.Parameter(quantised, requires_grad=False),
+        "quantised with attributes": named,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "values",
+        "indices",
+        "rows",
+        "parameter",
+        "gradient",
+        "quantised",
+        "quantised parameter",
+        "quantised with attributes",
+    ],
+)
+def test_expanded_parts_of_special_tensors_load_again(name: str, tmp_path: Path) -> None:
+    value, path = repeating()[name], tmp_path / "file.pt"
+    assert save_and_listen({"value": value}, path) == []
+    for loaded in (*loaded_by_torch(path, safe=True), *loaded_by_us(path)):
+        found = loaded["value"]
+        assert type(found) is type(value)
+        for attribute in ("layout", "is_quantized", "requires_grad", "__dict__"):
+            assert getattr(found, attribute) == getattr(value, attribute)
+        plain = torch.Tensor.dequantize if value.is_quantized else torch.Tensor.to_dense
+        assert torch.equal(plain(found), plain(value))
+
+
 def test_a_class_that_pickle_names_by_a_number_is_warned_of(tmp_path: Path) -> None:
     copyreg.add_extension(Progress.__module__, "Progress", 240)  # a code that Python leaves to private use
     try:
         (warning,) = save_and_listen({"progress": Progress(1, [])}, tmp_path / "file.pt")
         assert "'progress'" in warning
+        assert "whatever is allowed" in warning
         assert torch.load(tmp_path / "file.pt", weights_only=False) == {"progress": Progress(1, [])}
     finally:
         copyreg.remove_extension(Progress.__module__, "Progress", 240)

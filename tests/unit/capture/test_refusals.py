@@ -113,7 +113,7 @@ ON_META: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", ON_META)
-@pytest.mark.filterwarnings("ignore::lastgood._opaque.UnsafeValueWarning")
+@pytest.mark.filterwarnings("ignore::lastgood.errors.UnsafeValueWarning")
 def test_a_tensor_on_meta_is_named_by_its_key(name: str, folder: Path) -> None:
     error = refused({"model": {"layer.weight": ON_META[name]()}}, folder)
     assert error.tensor == "model.layer.weight"
@@ -129,7 +129,7 @@ def resized(nbytes: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("nbytes", [0, 39])
 @pytest.mark.parametrize("wrap", [lambda tensor: tensor, lambda tensor: argparse.Namespace(shard=tensor)])
-@pytest.mark.filterwarnings("ignore::lastgood._opaque.UnsafeValueWarning")
+@pytest.mark.filterwarnings("ignore::lastgood.errors.UnsafeValueWarning")
 def test_a_tensor_whose_storage_was_resized_is_named_by_its_key(nbytes: int, wrap: Any, folder: Path) -> None:
     error = refused({"module": {"flat": wrap(resized(nbytes))}}, folder)
     assert error.tensor == "module.flat"

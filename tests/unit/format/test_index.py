@@ -31,7 +31,7 @@ from lastgood.format.spec import DTYPES, MAX_INDEX_DEPTH
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),
-    pytest.mark.filterwarnings("ignore::lastgood._opaque.UnsafeValueWarning"),
+    pytest.mark.filterwarnings("ignore::lastgood.errors.UnsafeValueWarning"),
 ]
 
 

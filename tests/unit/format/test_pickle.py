@@ -27,7 +27,7 @@ from lastgood.format.pickle_writer import encode_pickle
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),
-    pytest.mark.filterwarnings("ignore::lastgood._opaque.UnsafeValueWarning"),
+    pytest.mark.filterwarnings("ignore::lastgood.errors.UnsafeValueWarning"),
 ]
 
 

@@ -363,6 +363,8 @@ def test_everything_that_torch_has_a_way_to_write(tmp_path: Path, name: str) -> 
     file = tmp_path / "state.pt"
     with torch.serialization.safe_globals([Subclassed]):
         for options in FORMATS.values():
+            if options and name == "nested":
+                continue  # torch itself reads the sizes of these from memory that it never filled
             torch.save({"x": odd_values()[name](), "w": torch.ones(2)}, file, **options)
             try:
                 expected = torch.load(file)["x"]

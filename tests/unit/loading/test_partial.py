@@ -127,17 +127,22 @@ def test_hazard_19_tuples_empty_tensors_ordered_dicts_and_other_numbers(file: Pa
     assert type(made["tuple"]) is tuple
 
 
-def test_longer_and_shorter_lists_get_the_saved_length(file: Path) -> None:
+def test_longer_lists_come_whole_and_shorter_ones_are_missing_the_rest(file: Path) -> None:
     saved(file, {"longer": [numbers(2), 5, {"x": 1}], "shorter": [numbers(2)]})
     kept = torch.zeros(2)
     longer: list[Any] = [kept]
-    shorter: list[Any] = [None, "gone", torch.zeros(9)]
-    lastgood.load(file, {"longer": longer, "shorter": shorter})
+    beyond = torch.zeros(9)
+    shorter: list[Any] = [None, "stays", beyond]
+    with opened(file) as stored:
+        _, missing = load_file(stored, {"longer": longer, "shorter": shorter})
+    assert missing == ["shorter[1]", "shorter[2]"]
     assert longer[0] is kept
     assert torch.equal(kept, numbers(2))
     assert longer[1:] == [5, {"x": 1}]
-    assert len(shorter) == 1
     assert torch.equal(shorter[0], numbers(2))
+    assert shorter[1] == "stays"
+    assert shorter[2] is beyond
+    assert torch.equal(beyond, torch.zeros(9))
 
 
 def test_keys_that_are_not_strings(file: Path) -> None:
@@ -153,7 +158,7 @@ def test_keys_that_are_not_strings(file: Path) -> None:
         assert target[key].item() == 1 + number
 
 
-@pytest.mark.filterwarnings("ignore::lastgood._opaque.UnsafeValueWarning")
+@pytest.mark.filterwarnings("ignore::lastgood.errors.UnsafeValueWarning")
 def test_keys_that_only_a_pickle_describes_do_not_stop_the_others(file: Path) -> None:
     saved(file, {"w": numbers(2), frozenset([1]): 1, torch.quint8: 2, torch.ones(1): 3})
     assert torch.equal(lastgood.load(file, {"w": None})["w"], numbers(2))
