@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 
 from lastgood._memory import paused_garbage_collection
@@ -67,13 +68,11 @@ class CapturedState:
 
     def image(self, *, save_id: str, rank: int, world_size: int, step: int | None, independent: bool) -> FileImage:
         """The file image of this state for one save."""
-        self.index.save_id = save_id
-        self.index.rank = rank
-        self.index.world_size = world_size
-        self.index.step = step
-        self.index.independent = independent
+        index = msgspec.structs.replace(
+            self.index, save_id=save_id, rank=rank, world_size=world_size, step=step, independent=independent
+        )
         with paused_garbage_collection():
-            return make_image(self.index, self.pickle_bytes, self.extents)
+            return make_image(index, self.pickle_bytes, self.extents)
 
 
 def capture(state: Any) -> CapturedState:

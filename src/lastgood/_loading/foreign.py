@@ -4,17 +4,16 @@ from typing import Any
 
 from lastgood._loading.legacy import check_legacy
 from lastgood._loading.opaque_values import refuse_unsafe, safe_torch_load
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, READER_THREADS, no_data
 from lastgood._loading.values import MapLocation
 from lastgood._loading.zip_directory import ZipRecord, is_zip, read_directory
 from lastgood._threads import run_all
-from lastgood.errors import CorruptCheckpointError, StorageError, corrupt
+from lastgood.errors import CorruptCheckpointError, corrupt
 from lastgood.format.spec import combine_crcs, crc32
 from lastgood.storage._direct_io import aligned_buffer
 from lastgood.storage.base import StoredFile
 
 _PIECE_SIZE = 8 * 1024 * 1024
-_READER_THREADS = 4
-_TIMEOUT_SECS = 600.0
 
 
 def load_foreign(
@@ -75,14 +74,7 @@ def _check(file: StoredFile, records: list[ZipRecord]) -> None:
         file.read_into(records[number].offset + start, buffer)
         found[number, start] = crc32(buffer)
 
-    def timed_out() -> StorageError:
-        return StorageError(
-            f"storage gave no data for {_TIMEOUT_SECS:g} s while {file.path} was being checked; nothing was loaded.",
-            path=file.path,
-            phase="read",
-        )
-
-    run_all(pieces, read, _READER_THREADS, _TIMEOUT_SECS, timed_out, name="check")
+    run_all(pieces, read, READER_THREADS, NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(file.path), name="check")
     crcs = [0] * len(records)
     for number, start, size in pieces:
         crcs[number] = combine_crcs(crcs[number], found[number, start], size)

@@ -1,6 +1,5 @@
 """The constants of format version 1. docs/format.md says what they mean; change both together."""
 
-import zlib
 from dataclasses import dataclass
 
 from isal import isal_zlib
@@ -96,6 +95,3 @@ def crc32(data: bytes | bytearray | memoryview, value: int = 0) -> int:
 def combine_crcs(first: int, second: int, second_size: int) -> int:
     """The CRC-32 of two byte strings joined, from theirs and the second one's length."""
     return isal_zlib.crc32_combine(first, second, second_size)
-
-
-EMPTY_CRC = zlib.crc32(b"")
