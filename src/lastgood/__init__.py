@@ -10,23 +10,34 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "ArenaMemoryError",
+    "AsyncCheckpointer",
     "BarrierConfig",
     "BarrierTimeoutError",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
+    "CheckpointProcess",
+    "CheckpointProcessConfig",
+    "CheckpointProcessError",
     "CheckpointReader",
+    "CheckpointStager",
+    "CheckpointStagerConfig",
     "CheckpointWriter",
     "CheckpointWriterConfig",
     "Checkpointer",
     "CheckpointerConfig",
     "ConfigError",
     "CorruptCheckpointError",
+    "DefaultStager",
     "LastgoodError",
     "MissingKeysError",
     "RankInfo",
+    "SaveTimeoutError",
+    "StagingError",
     "StorageError",
     "SyncCheckpointer",
     "TargetMismatchError",
+    "TornSnapshotError",
     "UncommittedCheckpointError",
     "UnsafeCheckpointError",
     "UnsafeValueWarning",
@@ -34,33 +45,62 @@ __all__ = [
     "WriterHook",
     "__version__",
     "load",
+    "make_async_checkpointer",
     "make_sync_checkpointer",
     "save",
 ]
 
 # Where each public name lives. Type checkers read the imports below instead; a test holds the two together.
 _HOMES = {
-    "_single_file": ("load", "save"),
+    "_single_file": (
+        "load",
+        "save",
+    ),
     "barriers": ("BarrierConfig",),
-    "builder": ("make_sync_checkpointer",),
+    "builder": (
+        "make_async_checkpointer",
+        "make_sync_checkpointer",
+    ),
+    "checkpoint_process": (
+        "CheckpointProcess",
+        "CheckpointProcessConfig",
+    ),
     "checkpoint_reader": ("CheckpointReader",),
-    "checkpoint_writer": ("CheckpointWriter", "CheckpointWriterConfig", "WriterHook"),
-    "checkpointer": ("Checkpointer", "SyncCheckpointer"),
+    "checkpoint_writer": (
+        "CheckpointWriter",
+        "CheckpointWriterConfig",
+        "WriterHook",
+    ),
+    "checkpointer": (
+        "AsyncCheckpointer",
+        "Checkpointer",
+        "SyncCheckpointer",
+    ),
     "config": ("CheckpointerConfig",),
     "errors": (
+        "ArenaMemoryError",
         "BarrierTimeoutError",
         "CheckpointExistsError",
         "CheckpointNotFoundError",
+        "CheckpointProcessError",
         "ConfigError",
         "CorruptCheckpointError",
         "LastgoodError",
         "MissingKeysError",
+        "SaveTimeoutError",
+        "StagingError",
         "StorageError",
         "TargetMismatchError",
+        "TornSnapshotError",
         "UncommittedCheckpointError",
         "UnsafeCheckpointError",
         "UnsafeValueWarning",
         "UnsupportedStateError",
+    ),
+    "staging": (
+        "CheckpointStager",
+        "CheckpointStagerConfig",
+        "DefaultStager",
     ),
     "types": ("RankInfo",),
 }
@@ -69,26 +109,33 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 if TYPE_CHECKING:
     from lastgood._single_file import load, save
     from lastgood.barriers import BarrierConfig
-    from lastgood.builder import make_sync_checkpointer
+    from lastgood.builder import make_async_checkpointer, make_sync_checkpointer
+    from lastgood.checkpoint_process import CheckpointProcess, CheckpointProcessConfig
     from lastgood.checkpoint_reader import CheckpointReader
     from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
-    from lastgood.checkpointer import Checkpointer, SyncCheckpointer
+    from lastgood.checkpointer import AsyncCheckpointer, Checkpointer, SyncCheckpointer
     from lastgood.config import CheckpointerConfig
     from lastgood.errors import (
+        ArenaMemoryError,
         BarrierTimeoutError,
         CheckpointExistsError,
         CheckpointNotFoundError,
+        CheckpointProcessError,
         ConfigError,
         CorruptCheckpointError,
         LastgoodError,
         MissingKeysError,
+        SaveTimeoutError,
+        StagingError,
         StorageError,
         TargetMismatchError,
+        TornSnapshotError,
         UncommittedCheckpointError,
         UnsafeCheckpointError,
         UnsafeValueWarning,
         UnsupportedStateError,
     )
+    from lastgood.staging import CheckpointStager, CheckpointStagerConfig, DefaultStager
     from lastgood.types import RankInfo
 else:
     # Hidden from type checkers: with a module-level __getattr__ they would accept any misspelt name.

@@ -7,7 +7,6 @@ storage can write them without the page cache.
 import queue
 import secrets
 import threading
-from collections.abc import Callable
 
 from lastgood import _events
 from lastgood.errors import StorageError
@@ -22,6 +21,7 @@ BUFFER_COUNT = WRITER_THREADS + 2
 """One for each writer, one being filled, one in between: more cost memory and gain no speed that can be measured."""
 
 _Piece = tuple[int, memoryview, int]
+"""Offset in the file, buffer, and how many of its bytes."""
 
 
 def new_save_id() -> str:
@@ -64,29 +64,73 @@ def write_image(image: FileImage, upload: StreamedWrite, path: str, *, no_progre
         transfer.stop()
 
 
-class _Transfer:
-    """The window that moves through the file, and the threads that write what it leaves behind."""
+class PieceWriters:
+    """Threads that write pieces of one file, and give each piece's buffer back when it is written."""
 
-    def __init__(self, upload: StreamedWrite, path: str, size: int, timeout_secs: float) -> None:
+    def __init__(self, upload: StreamedWrite, path: str, thread_count: int, timeout_secs: float) -> None:
         self._upload = upload
         self._path = path
         self._timeout_secs = timeout_secs
-        self._free: queue.Queue[memoryview] = queue.Queue()
         self._full: queue.Queue[_Piece | None] = queue.Queue()
+        self._written: queue.Queue[memoryview] = queue.Queue()
         self._failure: BaseException | None = None
-        piece_count = -(-size // PIECE_SIZE)
-        self._buffer_count = min(BUFFER_COUNT, piece_count)
-        for _ in range(self._buffer_count):
-            self._free.put(aligned_buffer(min(PIECE_SIZE, size)))
         self._threads = [
             threading.Thread(target=self._write_pieces, name=f"lastgood-write-{number}", daemon=True)
-            for number in range(min(WRITER_THREADS, piece_count))
+            for number in range(thread_count)
         ]
         for thread in self._threads:
             thread.start()
+
+    def write(self, offset: int, buffer: memoryview, count: int) -> None:
+        """Queue the first ``count`` bytes of ``buffer``; each call is answered by one :meth:`take_back`."""
+        self._full.put((offset, buffer, count))
+
+    def take_back(self) -> memoryview:
+        """The buffer of the next piece to be done. Raises what a write raised, or when storage takes no data."""
+        try:
+            buffer = self._written.get(timeout=self._timeout_secs)
+        except queue.Empty:
+            raise StorageError(
+                f"storage took no data for {self._timeout_secs:g} s while {self._path} was being written; the "
+                "write was given up. Nothing was published; earlier checkpoints are untouched.",
+                path=self._path,
+                phase="write",
+            ) from None
+        self.raise_failure()
+        return buffer
+
+    def raise_failure(self) -> None:
+        """Raise what a write raised, if one did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Let the threads end; does not wait for them, as one may hang in the operating system."""
+        for _ in self._threads:
+            self._full.put(None)
+
+    def _write_pieces(self) -> None:
+        while (piece := self._full.get()) is not None:
+            offset, buffer, count = piece
+            try:
+                if self._failure is None:
+                    self._upload.write_at(offset, buffer[:count])
+            except BaseException as error:
+                self._failure = error
+            self._written.put(buffer)
+
+
+class _Transfer:
+    """The window that moves through the file, over bounce buffers that are written as they fill up."""
+
+    def __init__(self, upload: StreamedWrite, path: str, size: int, timeout_secs: float) -> None:
+        piece_count = -(-size // PIECE_SIZE)
+        self._writers = PieceWriters(upload, path, min(WRITER_THREADS, piece_count), timeout_secs)
+        self._unused = [aligned_buffer(min(PIECE_SIZE, size)) for _ in range(min(BUFFER_COUNT, piece_count))]
+        self._queued = 0
         self._offset = 0
         self._filled = 0
-        self._buffer = self._free.get()
+        self._buffer = self._unused.pop()
 
     def append(self, data: bytes) -> None:
         """Take over bytes that are at hand."""
@@ -106,7 +150,7 @@ class _Transfer:
         """Between 1 and ``limit`` bytes of writable memory at the current position."""
         if self._filled == len(self._buffer):
             self._hand_over()
-            self._buffer = self._wait_for(self._free.get)
+            self._buffer = self._unused.pop() if self._unused else self._take_back()
         return self._buffer[self._filled : self._filled + limit]
 
     def advance(self, count: int) -> None:
@@ -116,39 +160,20 @@ class _Transfer:
     def finish(self) -> None:
         """Return once all pieces have been written."""
         self._hand_over()
-        for _ in range(self._buffer_count):
-            self._wait_for(self._free.get)
+        while self._queued:
+            self._take_back()
 
     def stop(self) -> None:
-        """Let the threads end; does not wait for them, as one may hang in the operating system."""
-        for _ in self._threads:
-            self._full.put(None)
+        """Let the threads end."""
+        self._writers.stop()
 
     def _hand_over(self) -> None:
-        self._full.put((self._offset, self._buffer, self._filled))
+        self._writers.write(self._offset, self._buffer, self._filled)
+        self._queued += 1
         self._offset += self._filled
         self._filled = 0
 
-    def _wait_for(self, get: Callable[..., memoryview]) -> memoryview:
-        try:
-            buffer = get(timeout=self._timeout_secs)
-        except queue.Empty:
-            raise StorageError(
-                f"storage took no data for {self._timeout_secs:g} s while {self._path} was being written; the "
-                "write was given up. Nothing was published; earlier checkpoints are untouched.",
-                path=self._path,
-                phase="write",
-            ) from None
-        if self._failure is not None:
-            raise self._failure
+    def _take_back(self) -> memoryview:
+        buffer = self._writers.take_back()
+        self._queued -= 1
         return buffer
-
-    def _write_pieces(self) -> None:
-        while (piece := self._full.get()) is not None:
-            offset, buffer, count = piece
-            try:
-                if self._failure is None:
-                    self._upload.write_at(offset, buffer[:count])
-            except BaseException as error:
-                self._failure = error
-            self._free.put(buffer)

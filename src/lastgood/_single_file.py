@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import msgspec
+
 from lastgood import _events
 from lastgood._image_writer import new_save_id, write_durably
 from lastgood._loading.file import load_file
@@ -10,6 +12,7 @@ from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS
 from lastgood._loading.values import MapLocation
 from lastgood.capture import capture
 from lastgood.errors import ConfigError, require_all
+from lastgood.format.index_head import UNSAVED
 from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.local import LocalStorage
 
@@ -24,7 +27,7 @@ def save(obj: Any, file: str | os.PathLike[str]) -> None:
     path = _path_of(file)
     with _events.phase("save", path):
         with _events.phase("capture", path):
-            image = capture(obj).image(save_id=new_save_id(), rank=0, world_size=1, step=None, independent=False)
+            image = capture(obj).image(msgspec.structs.replace(UNSAVED, save_id=new_save_id()))
         upload = write_durably(
             image, LocalStorage(), path, rank=None, no_progress_timeout_secs=NO_PROGRESS_TIMEOUT_SECS
         )

@@ -49,8 +49,11 @@ class StorageUse(msgspec.Struct, gc=False):
 
     def _from_device(self, offset: int, size: int) -> torch.Tensor:
         # Not yet run on a device: a blocking copy of just these bytes to the host.
-        view = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
-        return view[self.start + offset : self.start + offset + size].cpu()
+        return self.device_bytes()[offset : offset + size].cpu()
+
+    def device_bytes(self) -> torch.Tensor:
+        """The bytes of the span as a tensor, where they are."""
+        return bytes_of(self.storage, self.start, self.end)
 
     def entry(self) -> StorageEntry:
         """The storage's entry in the index."""
@@ -125,6 +128,11 @@ class StorageUses:
             if use.dtype == UNTYPED:
                 # Tensors of several dtypes count offsets in their own elements: start where all can.
                 use.start -= use.start % max(info.itemsize for info in DTYPES.values())
+
+
+def bytes_of(storage: torch.UntypedStorage, start: int, end: int) -> torch.Tensor:
+    """The bytes of a storage as a tensor on its memory, on whichever device that is."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[start:end]
 
 
 def without_bytes(device: torch.device) -> str:

@@ -72,4 +72,9 @@ def run_all(
     finally:
         stopped.set()
     if failures:
-        raise min(failures, key=lambda entry: entry[0])[1]
+        _, first = min(failures, key=lambda entry: entry[0])
+        failures.clear()  # its traceback leads here: the one must not keep the other alive
+        try:
+            raise first
+        finally:
+            del first

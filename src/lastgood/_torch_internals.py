@@ -24,3 +24,20 @@ def untyped_storage_of(storage: Any) -> "torch.UntypedStorage | None":
 def negative_view(tensor: torch.Tensor) -> torch.Tensor:
     """A view whose values are the negated ones (``Tensor.neg`` would compute and copy them)."""
     return torch._neg_view(tensor)
+
+
+def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> Any:
+    """The storage as the pickles of tensors name it: with a dtype.
+
+    ``torch.load`` makes the same object for its own unpickler; without the switch torch warns that it is deprecated.
+    """
+    return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often the tensor, or a view of the same memory, has been changed in place as autograd counts it.
+
+    ``None`` for tensors made in inference mode, which are not counted. Kernels that write past autograd (fused
+    optimizers, batch normalisation, ``.data``) are not counted either.
+    """
+    return None if tensor.is_inference() else tensor._version

@@ -91,6 +91,12 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
     Raises :class:`~lastgood.errors.ConfigError` for a name that is not registered, and for arguments that are
     missing or that the barrier does not take. Making a barrier may wait for the other ranks.
     """
+    barrier_class = find_barrier_class(barrier_config)
+    return None if barrier_class is None else barrier_class(**barrier_config.barrier_args)
+
+
+def find_barrier_class(barrier_config: BarrierConfig) -> Callable[..., Barrier] | None:
+    """The class of the barrier that a configuration describes, which is checked; ``None`` if it asks for none."""
     name = barrier_config.barrier_type
     if name is None:
         return None
@@ -105,8 +111,7 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
     except TypeError as error:
         accepted = ", ".join(signature.parameters) or "none"
         raise ConfigError(f"barrier_args of the barrier {name!r}: {error}. It takes: {accepted}.") from error
-    barrier: Barrier = barrier_class(**barrier_config.barrier_args)
-    return barrier
+    return barrier_class
 
 
 @register_barrier

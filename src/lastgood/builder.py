@@ -1,12 +1,23 @@
 """Where the parts are put together."""
 
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch.distributed
 
-from lastgood.barriers import create_barrier_from_config
+from lastgood.barriers import DistBarrier, create_barrier_from_config, find_barrier_class
+from lastgood.checkpoint_process import CheckpointProcess, default_subprocess_init_fn
 from lastgood.checkpoint_reader import CheckpointReader
-from lastgood.checkpoint_writer import CheckpointWriter, WriterHook
-from lastgood.checkpointer import SyncCheckpointer
+from lastgood.checkpoint_writer import CheckpointWriter, WriterHook, make_standard_writer
+from lastgood.checkpointer import AsyncCheckpointer, SyncCheckpointer
 from lastgood.config import CheckpointerConfig
+from lastgood.errors import ConfigError
+from lastgood.format.commit import refuse_committed
+from lastgood.staging import DefaultStager
+from lastgood.storage._in_time import StorageInTime
+from lastgood.storage.local import LocalStorage
 from lastgood.types import RankInfo
 
 
@@ -25,6 +36,67 @@ def make_sync_checkpointer(
     barrier = create_barrier_from_config(config.barrier_config)
     writer = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook)
     return SyncCheckpointer(writer, CheckpointReader(rank_info))
+
+
+def make_async_checkpointer(
+    config: CheckpointerConfig | None = None,
+    rank_info: RankInfo | None = None,
+    subprocess_init_fn: Callable[..., None] = default_subprocess_init_fn,
+    subprocess_init_args: tuple[Any, ...] = (),
+    checkpoint_writer_init_fn: Callable[..., CheckpointWriter] = make_standard_writer,
+    checkpoint_writer_init_args: dict[str, Any] | None = None,
+) -> AsyncCheckpointer:
+    """A checkpointer that saves in the background, through a process of its own.
+
+    Rank and world size as for :func:`make_sync_checkpointer`. ``subprocess_init_fn(*subprocess_init_args)`` runs first
+    in the checkpoint process; then ``checkpoint_writer_init_fn(**checkpoint_writer_init_args)`` makes the writer there.
+    Of ``config`` (the writer's configuration), ``rank_info``, ``barrier_class`` and ``barrier_args``, it gets those
+    that its signature names and that are not among its arguments. Functions and arguments have to be picklable.
+
+    The configured barrier is made in the checkpoint process (``"tcp_store"`` costs an import of torch there);
+    ``"dist_barrier"`` cannot work there: :class:`~lastgood.errors.ConfigError`.
+    """
+    config = CheckpointerConfig() if config is None else config
+    rank_info = _current_rank_info() if rank_info is None else rank_info
+    barrier_class = find_barrier_class(config.barrier_config)
+    if barrier_class is DistBarrier:
+        raise ConfigError(
+            "dist_barrier meets the training's process group, which the checkpoint process is no part of; use the "
+            "barrier type tcp_store for asynchronous checkpoints"
+        )
+    offered = {
+        "config": config.writer_config,
+        "rank_info": rank_info,
+        "barrier_class": barrier_class,
+        "barrier_args": config.barrier_config.barrier_args,
+    }
+    is_standard = checkpoint_writer_init_fn is make_standard_writer
+    stager = DefaultStager(config.staging_config)
+    process = CheckpointProcess(
+        rank_info,
+        config.process_config,
+        subprocess_init_fn,
+        subprocess_init_args,
+        checkpoint_writer_init_fn,
+        _wanted(checkpoint_writer_init_fn, offered) | (checkpoint_writer_init_args or {}),
+    )
+    may_write = partial(
+        refuse_committed,
+        StorageInTime(LocalStorage(), config.writer_config.no_progress_timeout_secs),
+        rank=rank_info.global_rank,
+        world_size=rank_info.global_world_size,
+        independent=rank_info.global_world_size > 1 and barrier_class is None,
+    )
+    return AsyncCheckpointer(stager, process, CheckpointReader(rank_info), may_write=may_write if is_standard else None)
+
+
+def _wanted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """Those of the offered arguments that the function's signature names."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # built in, without a signature
+        return {}
+    return {name: value for name, value in offered.items() if name in parameters}
 
 
 def _current_rank_info() -> RankInfo:

@@ -39,8 +39,9 @@ from lastgood.format.index import (
     list_position,
     scalar_node,
 )
+from lastgood.format.index_head import UNSAVED, IndexHead
 from lastgood.format.pickle_writer import place_opaque_values
-from lastgood.format.spec import DTYPES, FORMAT_VERSION, MAX_INDEX_DEPTH
+from lastgood.format.spec import DTYPES, MAX_INDEX_DEPTH
 from lastgood.format.stream import FileImage, make_image, native_byteorder
 
 _DTYPES: dict[torch.dtype, tuple[str, int, bool]] = {
@@ -66,11 +67,14 @@ class CapturedState:
     pickle_bytes: bytes
     extents: Sequence[StorageUse]
 
-    def image(self, *, save_id: str, rank: int, world_size: int, step: int | None, independent: bool) -> FileImage:
+    tensors: Sequence[tuple[torch.Tensor, TensorNode]]
+    """The tensors that the index describes, each once."""
+
+    has_opaque_values: bool
+
+    def image(self, head: IndexHead) -> FileImage:
         """The file image of this state for one save."""
-        index = msgspec.structs.replace(
-            self.index, save_id=save_id, rank=rank, world_size=world_size, step=step, independent=independent
-        )
+        index = msgspec.structs.replace(self.index, **msgspec.structs.asdict(head))
         with paused_garbage_collection():
             return make_image(index, self.pickle_bytes, self.extents)
 
@@ -91,7 +95,7 @@ def _capture(state: Any) -> CapturedState:
     uses = walker.uses
     uses.settle()
     starts = [use.start for use in uses]
-    for node in walker.tensors:
+    for _, node in walker.tensors:
         # Offsets count from the first used byte of the storage; an empty tensor uses none.
         if node.offset:
             node.offset = (
@@ -101,18 +105,13 @@ def _capture(state: Any) -> CapturedState:
     index = _make_index(root, [use.entry() for use in uses])
     pickle_bytes = place_opaque_values(index, bodies, [node for node, _, _ in walker.opaque])
     index.pickle_size = len(pickle_bytes)
-    return CapturedState(index, pickle_bytes, list(uses))
+    return CapturedState(index, pickle_bytes, list(uses), walker.tensors, bool(walker.opaque))
 
 
 def _make_index(root: Node, storages: list[StorageEntry]) -> Index:
     """An index that belongs to no save yet."""
     return Index(
-        format_version=FORMAT_VERSION,
-        save_id="",
-        rank=0,
-        world_size=1,
-        step=None,
-        independent=False,
+        **msgspec.structs.asdict(UNSAVED),
         byteorder=native_byteorder(),
         pickle_size=0,
         storages=storages,
@@ -147,7 +146,7 @@ class _Walker:
 
     def __init__(self, *, pickling: bool = True) -> None:
         self.uses = StorageUses()
-        self.tensors: list[TensorNode] = []
+        self.tensors: list[tuple[torch.Tensor, TensorNode]] = []
         self._numbers: dict[int, int] = {}
         self._tuples: set[int] = set()
         self._repeats = 0
@@ -269,7 +268,7 @@ class _Walker:
         if tensor.is_neg():
             flags += "n"
         node = TensorNode(use.number, name, offset, shape, stride, flags)
-        self.tensors.append(node)
+        self.tensors.append((tensor, node))
         return node
 
     def describe_opaque(self, value: Any, path: str) -> Node:

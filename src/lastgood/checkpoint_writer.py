@@ -1,23 +1,31 @@
 """Writing checkpoints: one rank's file, and the commit that makes the files of all ranks one checkpoint."""
 
 import abc
+import contextlib
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lastgood import _events
 from lastgood._image_writer import new_save_id, write_durably
+from lastgood._staged_image import StagedImage
 from lastgood._threads import call_with_timeout
-from lastgood.barriers import Barrier
-from lastgood.capture import capture
 from lastgood.errors import BarrierTimeoutError, CheckpointExistsError, ConfigError
-from lastgood.format.commit import publish_manifest, refuse_committed, wait_for_manifest
+from lastgood.format.commit import lock_for_writing, publish_manifest, refuse_committed, wait_for_manifest
+from lastgood.format.index_head import IndexHead
 from lastgood.format.manifest import checkpoint_file, manifest_file
 from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend, StreamedWrite
 from lastgood.storage.local import LocalStorage
 from lastgood.types import STATE_DICT, RankInfo
+
+if TYPE_CHECKING:
+    from lastgood.barriers import Barrier  # imports torch
+
+_WriteFile = Callable[[IndexHead, str], StreamedWrite]
+"""Brings one rank's file to storage, under a head and a path; what comes back waits to be committed."""
 
 _LONGEST_TIMEOUT_SECS = 365 * 86400.0
 
@@ -68,7 +76,7 @@ class CheckpointWriter:
         self,
         config: CheckpointWriterConfig,
         rank_info: RankInfo,
-        barrier: Barrier | None = None,
+        barrier: "Barrier | None" = None,
         commit_hook: WriterHook | None = None,
         *,
         storage: StorageBackend | None = None,
@@ -92,11 +100,40 @@ class CheckpointWriter:
         checkpoint that this save cannot replace in one step (only one rank's can, by one rank's), and
         :class:`~lastgood.errors.BarrierTimeoutError` when not all ranks arrive.
         """
-        directory = _directory(path)
+        rank = self._rank_info.global_rank
+
+        def prepare() -> _WriteFile:
+            from lastgood.capture import capture  # imports torch, which a checkpoint process does without
+
+            with _events.phase("capture", _directory(path), rank=rank):
+                captured = capture(state_dict)
+            return lambda head, file_path: write_durably(
+                captured.image(head), self._storage, file_path, rank=rank, **self._patience
+            )
+
+        self._save(path, prepare, kwargs)
+        return None
+
+    def write_staged(self, path: str, staged: StagedImage, **kwargs: Any) -> None:
+        """Like :meth:`write`, from an image in shared memory; begins before it is all there.
+
+        Raises what staging failed with if it does; nothing is published then.
+        """
+        rank = self._rank_info.global_rank
+
+        def prepare() -> _WriteFile:
+            return lambda head, file_path: staged.write_durably(
+                head, self._storage, file_path, rank=rank, **self._patience
+            )
+
+        self._save(path, prepare, kwargs)
+
+    def _save(self, path: str, prepare: Callable[[], _WriteFile], kwargs: dict[str, Any]) -> None:
+        directory, rank = _directory(path), self._rank_info.global_rank
         save_id = new_save_id()
-        with _events.phase("save", directory, rank=self._rank_info.global_rank):
+        with _events.phase("save", directory, rank=rank), contextlib.ExitStack() as held:
             try:
-                upload = self._prepare(path, save_id, state_dict, kwargs)
+                upload = self._prepare(path, save_id, prepare, kwargs, held)
             except BaseException as error:
                 self._tell_others(error)
                 raise
@@ -107,9 +144,12 @@ class CheckpointWriter:
                 upload.abort()
                 raise
             if self._commit_hook is not None:
-                with _events.phase("post_commit", directory, rank=self._rank_info.global_rank):
+                with _events.phase("post_commit", directory, rank=rank):
                     self._commit_hook.post_commit(path, **kwargs)
-        return None
+
+    @property
+    def _patience(self) -> dict[str, float]:
+        return {"no_progress_timeout_secs": self._config.no_progress_timeout_secs}
 
     @property
     def _is_independent(self) -> bool:
@@ -123,10 +163,17 @@ class CheckpointWriter:
     def _storage_in_time(self) -> StorageBackend:
         return StorageInTime(self._storage, self._config.no_progress_timeout_secs)
 
-    def _prepare(self, path: str, save_id: str, state_dict: STATE_DICT, kwargs: dict[str, Any]) -> StreamedWrite:
-        """All that this rank does before it meets the others."""
+    def _prepare(
+        self,
+        path: str,
+        save_id: str,
+        prepare: Callable[[], _WriteFile],
+        kwargs: dict[str, Any],
+        held: contextlib.ExitStack,
+    ) -> StreamedWrite:
+        """All that this rank does before it meets the others; ``held`` is let go when the save is over."""
         directory = _directory(path)
-        upload = self._write_file(directory, save_id, state_dict, kwargs.get("step"))
+        upload = self._write_file(directory, save_id, prepare, kwargs.get("step"), held)
         try:
             if self._commit_hook is not None:
                 with _events.phase("pre_commit", directory, rank=self._rank_info.global_rank):
@@ -138,23 +185,40 @@ class CheckpointWriter:
             raise
         return upload
 
-    def _write_file(self, directory: str, save_id: str, state_dict: STATE_DICT, step: object) -> StreamedWrite:
+    def _write_file(
+        self,
+        directory: str,
+        save_id: str,
+        prepare: Callable[[], _WriteFile],
+        step: object,
+        held: contextlib.ExitStack,
+    ) -> StreamedWrite:
         rank, world_size = self._rank_info.global_rank, self._rank_info.global_world_size
-        refuse_committed(self._storage_in_time, directory, rank, world_size, independent=self._is_independent)
-        with _events.phase("capture", directory, rank=rank):
-            image = capture(state_dict).image(
-                save_id=save_id,
-                rank=rank,
-                world_size=world_size,
-                step=step if type(step) is int else None,
-                independent=self._is_independent,
-            )
-        return write_durably(
-            image,
-            self._storage,
-            checkpoint_file(directory, rank),
+        self.refuse_committed(directory)
+        write_file = prepare()  # before there is anything on disk: a state that cannot be saved leaves nothing
+        if not self._needs_manifest:
+            # Not where a manifest commits: two jobs could each hold one rank's lock and wait for the other's at the
+            # barrier. There, the save ids in the files keep them from being committed together.
+            lock = lock_for_writing(self._storage_in_time, directory, rank, self._config.no_progress_timeout_secs)
+            held.callback(lock.release)
+        head = IndexHead(
+            save_id=save_id,
             rank=rank,
-            no_progress_timeout_secs=self._config.no_progress_timeout_secs,
+            world_size=world_size,
+            step=step if type(step) is int else None,
+            independent=self._is_independent,
+        )
+        return write_file(head, checkpoint_file(directory, rank))
+
+    def refuse_committed(self, path: str) -> None:
+        """Raise :class:`~lastgood.errors.CheckpointExistsError` if this writer cannot replace what ``path`` holds."""
+        rank_info = self._rank_info
+        refuse_committed(
+            self._storage_in_time,
+            _directory(path),
+            rank_info.global_rank,
+            rank_info.global_world_size,
+            independent=self._is_independent,
         )
 
     def _publish_file(self, upload: StreamedWrite, directory: str) -> None:
@@ -209,6 +273,17 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Release what the writer holds; the writer itself holds nothing between writes."""
+
+
+def make_standard_writer(
+    config: CheckpointWriterConfig,
+    rank_info: RankInfo,
+    barrier_class: "Callable[..., Barrier] | None" = None,
+    barrier_args: dict[str, Any] | None = None,
+) -> CheckpointWriter:
+    """The writer of a checkpoint process; its barrier is made there, as a connection cannot be passed on."""
+    barrier = None if barrier_class is None else barrier_class(**(barrier_args or {}))
+    return CheckpointWriter(config, rank_info, barrier)
 
 
 def _directory(path: str) -> str:

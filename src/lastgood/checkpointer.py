@@ -1,13 +1,27 @@
 """Checkpointers: what a training script calls."""
 
 import abc
+import atexit
+import concurrent.futures
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from lastgood import _events
+from lastgood._events import logger
+from lastgood._futures import ObservedFuture
+from lastgood.checkpoint_process import CheckpointProcess
 from lastgood.checkpoint_reader import CheckpointReader
 from lastgood.checkpoint_writer import CheckpointWriter
-from lastgood.errors import require_all
+from lastgood.errors import ConfigError, SaveTimeoutError, require_all
+from lastgood.staging import CheckpointStager, CheckpointStagerConfig, DefaultStager
 from lastgood.types import STATE_DICT
+from lastgood.utils import wrap_future
 
 _LONGEST_WRITE_SECS = 3600.0
 """How long a synchronous save waits for a writer of the user's own that returns a future."""
@@ -40,22 +54,11 @@ class Checkpointer(abc.ABC):
         """Release what the checkpointer holds."""
 
 
-class SyncCheckpointer(Checkpointer):
-    """Saves before it returns: no process, no shared memory, a bounded amount of memory whatever the state's size."""
+class _ReadingCheckpointer(Checkpointer):
+    """What all checkpointers have in common: loading waits for nothing but the reader."""
 
-    def __init__(self, writer: CheckpointWriter, reader: CheckpointReader) -> None:
-        self._writer = writer
+    def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
-
-    def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
-        """Save ``state_dict`` at ``path``; when this returns, the checkpoint survives a power cut.
-
-        ``kwargs`` reach the writer's hooks. See :meth:`CheckpointWriter.write` for the order of things and the errors.
-        """
-        pending = self._writer.write(path=path, state_dict=state_dict, **kwargs)
-        if pending is not None:
-            # A writer of the user's own that goes on in the background: durable is what its future says.
-            pending.result(_LONGEST_WRITE_SECS)
 
     def load(
         self,
@@ -77,6 +80,196 @@ class SyncCheckpointer(Checkpointer):
         )
         return require_all(loaded, missing, path, strict=strict)
 
+
+class SyncCheckpointer(_ReadingCheckpointer):
+    """Saves before it returns: no process, no shared memory, a bounded amount of memory whatever the state's size."""
+
+    def __init__(self, writer: CheckpointWriter, reader: CheckpointReader) -> None:
+        super().__init__(reader)
+        self._writer = writer
+
+    def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
+        """Save ``state_dict`` at ``path``; when this returns, the checkpoint survives a power cut.
+
+        ``kwargs`` reach the writer's hooks. See :meth:`CheckpointWriter.write` for the order of things and the errors.
+        """
+        pending = self._writer.write(path=path, state_dict=state_dict, **kwargs)
+        if pending is not None:
+            # A writer of the user's own that goes on in the background: durable is what its future says.
+            pending.result(_LONGEST_WRITE_SECS)
+
     def close(self) -> None:
         """Close the writer."""
         self._writer.close()
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One save, as its caller sees it."""
+
+    path: str
+    staged: ObservedFuture[None]
+    written: ObservedFuture[None]
+
+    def unfetched_failure(self) -> BaseException | None:
+        """Why it failed, if nobody has asked either future."""
+        if self.staged.failure_was_fetched or self.written.failure_was_fetched:
+            return None
+        return self.written.unfetched_failure()
+
+
+class AsyncCheckpointer(_ReadingCheckpointer):
+    """Saves in the background: ``save`` returns as soon as the state cannot be changed by training any more.
+
+    The state is copied to shared memory by ``checkpoint_stager`` and written by ``checkpoint_process``, which also
+    finishes what was staged when this process dies. At the interpreter's exit, checkpointers that nobody closed are
+    closed. ``may_write`` is asked about each path before anything is staged, and raises if a save there cannot succeed.
+    """
+
+    def __init__(
+        self,
+        checkpoint_stager: CheckpointStager,
+        checkpoint_process: CheckpointProcess,
+        reader: CheckpointReader,
+        *,
+        may_write: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__(reader)
+        self._stager = checkpoint_stager
+        self._process = checkpoint_process
+        self._may_write = may_write
+        config = checkpoint_stager.config if isinstance(checkpoint_stager, DefaultStager) else _ONE_AT_A_TIME
+        self._snapshots_in_flight = config.snapshots_in_flight
+        self._slot_timeout_secs = config.slot_timeout_secs
+        self._saves: list[_Save] = []
+        self._saving = threading.Lock()
+        self._is_closed = False
+        _close_at_exit(self)
+
+    def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> tuple[Future[None], Future[None]]:
+        """Begin to save ``state_dict`` as it is at this moment; returns two futures that resolve to ``None``.
+
+        The first resolves when the state has been staged: from then on the checkpoint survives the death of this
+        process. The second resolves when the checkpoint survives a power cut. Optimizers' steps wait for the first by
+        themselves; wrap any other change of the state in :meth:`hold`, or wait for it. If a tensor changed all the
+        same, both raise :class:`~lastgood.errors.TornSnapshotError` and nothing is published.
+
+        When as many snapshots are in flight as the configuration allows, waits for the oldest to be written
+        (:class:`~lastgood.errors.SaveTimeoutError`). When an earlier save failed and nobody has got its failure from
+        its futures, raises that, once, and does nothing else. ``kwargs`` reach the writer's hooks. Saves land in the
+        order in which they were asked for.
+        """
+        with self._saving, _events.phase("stall", path):
+            if self._is_closed:
+                raise ConfigError("this checkpointer has been closed; make another one", path=path)
+            self._wait_for_slot(path)
+            self._raise_unfetched_failure()
+            if self._may_write is not None:
+                self._may_write(path)
+            staged, written = self._begin(path, state_dict, kwargs)
+            save = _Save(path, _observed(staged), _observed(written))
+            self._saves.append(save)
+        return save.staged, save.written
+
+    def _begin(self, path: str, state_dict: STATE_DICT, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if isinstance(self._stager, DefaultStager):
+            return self._stager.stage_for(state_dict, lambda staged: self._process.write(staged, path, **kwargs))
+        staged = self._stager.stage(state_dict, **kwargs)
+        return staged, self._process.write(staged, path, **kwargs)
+
+    def _wait_for_slot(self, path: str) -> None:
+        in_flight = [save for save in self._saves if not save.written.done()]
+        if len(in_flight) < self._snapshots_in_flight:
+            return
+        oldest = in_flight[0]
+        with _events.phase("wait for slot", path):
+            done, _ = concurrent.futures.wait([oldest.written], self._slot_timeout_secs)
+        if not done:
+            raise SaveTimeoutError(
+                f"the save to {path} waited {self._slot_timeout_secs:g} s for that to {oldest.path} to be written, and "
+                "gave up; nothing of it was staged. Is the storage too slow for how often you save? (slot_timeout_secs "
+                "and snapshots_in_flight of CheckpointStagerConfig say how long to wait, and for what.)",
+                path=path,
+                phase="wait for slot",
+            )
+
+    def _raise_unfetched_failure(self) -> None:
+        """Raise the oldest failure that nobody knows of; each is raised once."""
+        ended = [save for save in self._saves if save.written.done()]
+        for save in ended:
+            self._saves.remove(save)
+            failure = save.unfetched_failure()
+            if failure is not None:
+                raise failure
+
+    def prewarm(self, state_dict: STATE_DICT) -> Future[None]:
+        """Get ready to save states like this one, in the background: the first save is then as fast as later ones."""
+        if isinstance(self._stager, DefaultStager):
+            return self._stager.prewarm(state_dict)
+        return wrap_future(None)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """For changes of the state that are no optimizer's step: the block begins when nothing is being staged."""
+        if isinstance(self._stager, DefaultStager):
+            self._stager.wait_until_staged()
+        else:
+            concurrent.futures.wait([save.staged for save in self._saves], self._slot_timeout_secs)
+        yield
+
+    def close(self) -> None:
+        """Wait until all saves are written, and end the checkpoint process. May be called again.
+
+        Raises the failure of a save that nobody has got from its futures, after everything has been closed; and
+        :class:`~lastgood.errors.SaveTimeoutError` when saves take longer than ``close_timeout_secs``: the checkpoint
+        process is left to finish them.
+        """
+        with self._saving:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        try:
+            self._stager.close()
+        finally:
+            self._process.close()
+        failures = [failure for save in self._saves if (failure := save.unfetched_failure()) is not None]
+        for failure in failures[1:]:
+            logger.error("another save failed, too: %s", failure)
+        if failures:
+            raise failures[0]
+
+
+_ONE_AT_A_TIME = CheckpointStagerConfig(use_non_blocking_copy=False)
+"""For stagers of the user's own."""
+
+
+def _observed(result: Any) -> ObservedFuture[None]:
+    """A future of whether ``result`` went well, that knows whether its failure was fetched."""
+    observed: ObservedFuture[None] = ObservedFuture()
+
+    def pass_on(done: Future[None]) -> None:
+        error = done.exception()
+        if error is None:
+            observed.set_result(None)
+        else:
+            observed.set_exception(error)
+
+    wrap_future(result).add_done_callback(pass_on)
+    return observed
+
+
+def _close_at_exit(checkpointer: AsyncCheckpointer) -> None:
+    """A script that ends without waiting gets its last checkpoint all the same."""
+    process = os.getpid()
+
+    def close() -> None:
+        kept = reference()
+        if kept is None or os.getpid() != process:
+            return
+        try:
+            kept.close()
+        except Exception:
+            logger.exception("a save that nobody waited for failed; its checkpoint is not there")
+
+    reference = weakref.ref(checkpointer, lambda _: atexit.unregister(close))
+    atexit.register(close)

@@ -17,6 +17,11 @@
     |-- UnsafeCheckpointError        (pickle.UnpicklingError)
     |  look at the machine, then save again
     |-- StorageError                 (OSError)
+    |-- StagingError                 (RuntimeError)
+    |   |-- TornSnapshotError        (StagingError)
+    |   `-- ArenaMemoryError         (StagingError, MemoryError)
+    |-- CheckpointProcessError       (RuntimeError)
+    |-- SaveTimeoutError             (TimeoutError)
     `-- BarrierTimeoutError          (TimeoutError)
 
 The built-in class in brackets is a base too, so code that catches what PyTorch raises goes on working.
@@ -118,6 +123,36 @@ class StorageError(LastgoodError, OSError):
     def __init__(self, message: str, *, errno: int | None = None, **known: Any) -> None:
         super().__init__(message, **known)
         self.errno = errno
+
+
+class StagingError(LastgoodError, RuntimeError):
+    """The state could not be copied to shared memory. That save was given up; nothing of it is published."""
+
+
+class TornSnapshotError(StagingError):
+    """A tensor changed between the call to ``save`` and the end of its copy; ``tensor`` names the first one found.
+
+    Nothing of that snapshot is published, and earlier checkpoints are untouched.
+    """
+
+
+class ArenaMemoryError(StagingError, MemoryError):
+    """There is not enough free memory for the snapshot. Nothing was copied."""
+
+
+class CheckpointProcessError(LastgoodError, RuntimeError):
+    """The checkpoint process could not be started, has died, or does not answer; ``pid`` is its number.
+
+    The saves in flight have failed, the next one starts a new process, and earlier checkpoints are untouched.
+    """
+
+    def __init__(self, message: str, *, pid: int | None = None, **known: Any) -> None:
+        super().__init__(message, **known)
+        self.pid = pid
+
+
+class SaveTimeoutError(LastgoodError, TimeoutError):
+    """A wait of an asynchronous save took longer than its configuration allows."""
 
 
 class BarrierTimeoutError(LastgoodError, TimeoutError):

@@ -23,12 +23,18 @@ BASES: dict[str, tuple[type[BaseException], ...]] = {
     "CorruptCheckpointError": (RuntimeError,),
     "UnsafeCheckpointError": (pickle.UnpicklingError,),
     "StorageError": (OSError,),
+    "StagingError": (RuntimeError,),
+    "TornSnapshotError": (errors.StagingError,),
+    "ArenaMemoryError": (errors.StagingError, MemoryError),
+    "CheckpointProcessError": (RuntimeError,),
+    "SaveTimeoutError": (TimeoutError,),
     "BarrierTimeoutError": (TimeoutError,),
 }
 EXTRA: dict[str, dict[str, Any]] = {
     "MissingKeysError": {"missing_keys": ("a.b", "c")},
     "CorruptCheckpointError": {"undefined_targets": ("model.w",)},
     "StorageError": {"errno": 28},
+    "CheckpointProcessError": {"pid": 4711},
     "BarrierTimeoutError": {"missing_ranks": (1, 3)},
 }
 KNOWN: dict[str, Any] = {"path": "/run/step-7", "rank": 3, "tensor": "model.w", "phase": "write"}

@@ -69,7 +69,7 @@ def impatient_writer(ops: RecordingFileOps) -> CheckpointWriter:
     ("operation", "phase", "says"),
     [
         ("status", "exists", "Nothing was changed"),
-        ("open_exclusive", "begin", "Nothing was published; earlier checkpoints are untouched"),
+        ("open_exclusive", "lock", "Nothing was published; earlier checkpoints are untouched"),
         ("reserve", "begin", "Nothing was published"),
         ("pwrite", "write", "storage took no data for 0.2 s"),
         ("fsync", "make durable", "Nothing was published"),

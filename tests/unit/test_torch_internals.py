@@ -45,7 +45,7 @@ def test_a_negative_view_negates_without_a_copy() -> None:
 def test_no_other_private_name_of_torch_is_used() -> None:
     source = inspect.getsource(_torch_internals)
     private = {word for word in source.replace("(", " ").split() if "._" in word and "tests" not in word}
-    assert private == {"torch._neg_view", "storage._untyped_storage"}
+    assert private == {"torch._neg_view", "storage._untyped_storage", "tensor._version"}
 
 
 # Storages are told apart by the identity of their Python objects.

@@ -27,7 +27,7 @@ from lastgood.format.manifest import (
     encode_manifest,
     manifest_file,
 )
-from lastgood.storage.base import StorageBackend
+from lastgood.storage.base import StorageBackend, StorageLock
 
 _LONGEST_PAUSE_SECS = 0.25
 
@@ -79,6 +79,29 @@ def _committed_by_itself(storage: StorageBackend, name: str, world_size: int, *,
     if identity.independent:
         return f"independent files of {identity.world_size} ranks"
     return "the committed checkpoint of one rank"
+
+
+def lock_for_writing(storage: StorageBackend, path: str, rank: int, timeout_secs: float) -> StorageLock:
+    """The right to write the file of ``rank`` in the directory ``path``; waits for a writer that has it.
+
+    That may be the checkpoint process of a trainer that has died, finishing what it was given: the save that was asked
+    for later lands later. Raises :class:`~lastgood.errors.StorageError` after ``timeout_secs``.
+    """
+    name = checkpoint_file(path, rank)
+    deadline = time.monotonic() + timeout_secs
+    pause = 0.001
+    while (lock := storage.try_lock(name)) is None:
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"another process has been writing {name} for {timeout_secs:g} s and goes on; nothing was written by "
+                "this one, and what is there is untouched. Is a job from before a restart still running?",
+                path=path,
+                rank=rank,
+                phase="lock",
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECS)
+    return lock
 
 
 def publish_manifest(storage: StorageBackend, path: str, world_size: int, save_id: str) -> None:

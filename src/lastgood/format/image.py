@@ -7,6 +7,7 @@ written front to back in one pass. The zip format is that of PKWARE's APPNOTE.TX
 
 import functools
 import struct
+from collections.abc import Sequence
 
 import msgspec
 
@@ -63,6 +64,11 @@ class Record(msgspec.Struct, frozen=True, gc=False):
         """The offset just after the data."""
         return self.data_offset + self.size
 
+    @property
+    def end(self) -> int:
+        """The offset just after the descriptor, where the next header begins."""
+        return self.data_end + (_DESCRIPTOR_32.size if self.size < LIMIT_32 else _DESCRIPTOR_64.size)
+
 
 class Layout(msgspec.Struct, frozen=True):
     """All records of a file in order, and where the zip's directory begins and the file ends."""
@@ -92,6 +98,11 @@ class Layout(msgspec.Struct, frozen=True):
         return self.records[-1]
 
     @property
+    def ending(self) -> list[Record]:
+        """The records after the storages: index, block table, trailer."""
+        return self.records[-_AFTER_STORAGES:]
+
+    @property
     def checked(self) -> list[Record]:
         """The records whose blocks the block table covers, in its order."""
         return self.records[:-2]
@@ -108,19 +119,37 @@ FIRST_STORAGE = 3
 _AFTER_STORAGES = 3
 
 
-def plan_layout(pickle_size: int, byteorder_size: int, storage_sizes: list[int], index_size: int) -> Layout:
+class DataLayout(msgspec.Struct, frozen=True):
+    """The records before the index, which do not depend on which save a file belongs to, and where they end."""
+
+    records: list[Record]
+    end: int
+    directory_size: int
+
+
+def plan_layout(pickle_size: int, byteorder_size: int, storage_sizes: Sequence[int], index_size: int) -> Layout:
     """Where everything goes, from sizes in bytes."""
+    return lay_out_ending(lay_out_data(pickle_size, byteorder_size, storage_sizes), index_size)
+
+
+def lay_out_data(pickle_size: int, byteorder_size: int, storage_sizes: Sequence[int]) -> DataLayout:
+    """Where the pickle and the storages go; :func:`lay_out_ending` goes on from there."""
     names_and_sizes = [(PICKLE_RECORD, pickle_size), (VERSION_RECORD, 2), (BYTEORDER_RECORD, byteorder_size)]
     names_and_sizes += [(f"{STORAGE_RECORD_PREFIX}{number}", size) for number, size in enumerate(storage_sizes)]
-    names_and_sizes.append((INDEX_RECORD, index_size))
-    blocks = sum(block_count(size) for _, size in names_and_sizes)
-    names_and_sizes += [(BLOCKS_RECORD, 4 * blocks), (TRAILER_RECORD, TRAILER_SIZE)]
-    return _lay_out(names_and_sizes)
+    return _lay_out(names_and_sizes, DataLayout([], 0, 0))
 
 
-def _lay_out(names_and_sizes: list[tuple[str, int]]) -> Layout:
-    records: list[Record] = []
-    position = directory_size = 0
+def lay_out_ending(data: DataLayout, index_size: int) -> Layout:
+    """The whole file, from the layout of its data and the size of its index."""
+    blocks = block_count(index_size) + sum(block_count(record.size) for record in data.records)
+    ending = [(INDEX_RECORD, index_size), (BLOCKS_RECORD, 4 * blocks), (TRAILER_RECORD, TRAILER_SIZE)]
+    whole = _lay_out(ending, data)
+    return Layout(whole.records, whole.end, whole.end + whole.directory_size + END_SIZE)
+
+
+def _lay_out(names_and_sizes: list[tuple[str, int]], before: DataLayout) -> DataLayout:
+    records = list(before.records)
+    position, directory_size = before.end, before.directory_size
     for name, size in names_and_sizes:
         fixed_size = _LOCAL_HEADER.size + _EXTRA.size if size < LIMIT_32 else _LOCAL_HEADER.size + _EXTRA.size + 20
         alignment = alignment_of(size)
@@ -131,7 +160,7 @@ def _lay_out(names_and_sizes: list[tuple[str, int]]) -> Layout:
         if size >= LIMIT_32 or position >= LIMIT_32:
             directory_size += _central_extra_size(record)
         position = data_offset + size + (_DESCRIPTOR_32.size if size < LIMIT_32 else _DESCRIPTOR_64.size)
-    return Layout(records, position, position + directory_size + END_SIZE)
+    return DataLayout(records, position, directory_size)
 
 
 def local_header(record: Record) -> bytes:

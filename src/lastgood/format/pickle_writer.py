@@ -69,6 +69,47 @@ def place_opaque_values(index: Index, opaque_bodies: bytes, opaque: Sequence[Opa
     return b"".join([PROTOCOL, *writer.parts, pickle.STOP])
 
 
+class PickleTemplate:
+    """A pickle whose plain values can be exchanged without writing it anew."""
+
+    def __init__(self, segments: list[bytes]) -> None:
+        self._segments = segments
+        self.size = sum(map(len, segments))
+
+    def exchange(self, number: int, value: Node) -> None:
+        """Put ``value`` in the place of plain value ``number``; :func:`is_exchangeable` is true of both."""
+        place, encoded = 2 * number + 1, _plain_scalar(value)
+        self.size += len(encoded) - len(self._segments[place])
+        self._segments[place] = encoded
+
+    def render(self) -> bytes:
+        """The bytes of data.pkl."""
+        return b"".join(self._segments)
+
+
+def encode_template(index: Index) -> PickleTemplate:
+    """The pickle of an index without opaque values.
+
+    Its plain values are numbered in the order in which they are described: those of which :func:`is_exchangeable` is
+    true and that are not inside keys or sets.
+    """
+    writer = _PickleWriter(index.storages, memoryview(b""), ())
+    writer.emit(index.root)
+    parts = [PROTOCOL, *writer.parts, pickle.STOP]
+    segments: list[bytes] = []
+    start = 0
+    for place in writer.plain_parts:
+        place += 1  # the protocol stands before
+        segments += (b"".join(parts[start:place]), bytes(parts[place]))
+        start = place + 1
+    return PickleTemplate([*segments, b"".join(parts[start:])])
+
+
+def is_exchangeable(node: Node) -> bool:
+    """Whether the pickle of this node is the same wherever it stands."""
+    return node is None or isinstance(node, (bool, int, float, str, IntNode, FloatNode, TextNode))
+
+
 _CONSTANT_MEMOS = 256
 """How many memo entries are kept for names that come again and again; further ones are written out each time."""
 
@@ -81,6 +122,9 @@ class _PickleWriter:
     def __init__(self, storages: list[StorageEntry], opaque_bodies: memoryview, opaque: Sequence[OpaqueNode]) -> None:
         self.parts: list[bytes | memoryview] = []
         self.opaque_parts: list[int] = []
+        self.plain_parts: list[int] = []
+        """Which parts are plain values that could be exchanged."""
+        self._fixed = 0
         self._storages = storages
         self._bodies = opaque_bodies
         self._body_position = 0
@@ -105,7 +149,15 @@ class _PickleWriter:
         elif isinstance(node, ReferenceNode):
             self.parts.append(_get(self._first_numbered + node.number))
         else:
+            if not self._fixed and is_exchangeable(node):
+                self.plain_parts.append(len(self.parts))
             self.parts.append(self._scalar(node))
+
+    def _emit_fixed(self, node: Node) -> None:
+        """What stands in a key or a set: another value would be another structure."""
+        self._fixed += 1
+        self.emit(node)
+        self._fixed -= 1
 
     # Containers
 
@@ -136,7 +188,7 @@ class _PickleWriter:
             if node.items:
                 self.parts.append(pickle.MARK)
                 for item in node.items:
-                    self.emit(item)
+                    self._emit_fixed(item)
                 self.parts.append(pickle.APPENDS)
             self.parts += (pickle.TUPLE1, pickle.REDUCE, memo)
         elif isinstance(node, BytearrayNode):
@@ -153,7 +205,7 @@ class _PickleWriter:
             if type(key) is str:
                 parts.append(_text(key.encode()))
             else:
-                self.emit(key)
+                self._emit_fixed(key)
             if type(value) is TensorNode:
                 parts.append(self._tensor(value))
             else:
@@ -252,22 +304,8 @@ class _PickleWriter:
     # Scalars
 
     def _scalar(self, node: Node) -> bytes:
-        if node is None:
-            return pickle.NONE
-        if isinstance(node, bool):
-            return pickle.NEWTRUE if node else pickle.NEWFALSE
-        if isinstance(node, int):
-            return _integer(node)
-        if isinstance(node, float):
-            return pickle.BINFLOAT + _pack_double(node)
-        if isinstance(node, str):
-            return _text(node.encode())
-        if isinstance(node, IntNode):
-            return _long(int.from_bytes(node.value, "little", signed=True))
-        if isinstance(node, FloatNode):
-            return pickle.BINFLOAT + node.value
-        if isinstance(node, TextNode):
-            return _text(node.value)
+        if is_exchangeable(node):
+            return _plain_scalar(node)
         if isinstance(node, BytesNode):
             text = _text(node.value.decode("latin-1").encode())
             return self._global("_codecs", "encode") + text + self._latin1() + pickle.TUPLE2 + pickle.REDUCE
@@ -314,6 +352,27 @@ class _PickleWriter:
     def _put_numbered(self) -> bytes:
         self._numbered += 1
         return _put(self._first_numbered + self._numbered - 1)
+
+
+def _plain_scalar(node: Node) -> bytes:
+    """The pickle of a value that is the same wherever it stands."""
+    if node is None:
+        return pickle.NONE
+    if isinstance(node, bool):
+        return pickle.NEWTRUE if node else pickle.NEWFALSE
+    if isinstance(node, int):
+        return _integer(node)
+    if isinstance(node, float):
+        return pickle.BINFLOAT + _pack_double(node)
+    if isinstance(node, str):
+        return _text(node.encode())
+    if isinstance(node, IntNode):
+        return _long(int.from_bytes(node.value, "little", signed=True))
+    if isinstance(node, FloatNode):
+        return pickle.BINFLOAT + node.value
+    if isinstance(node, TextNode):
+        return _text(node.value)
+    raise InvalidIndexError(f"a {type(node).__name__} is no plain value")
 
 
 def _put(memo: int) -> bytes:

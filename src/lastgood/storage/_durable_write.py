@@ -225,13 +225,13 @@ def begin_durable_write(ops: FileOps, path: str, size: int) -> DurableWrite:
     directory, name = os.path.split(path)
     with translated("beginning", path, phase="begin"):
         refuse_directory(ops, path)
-        existing, missing = _existing_part(ops, directory, path)
+        existing, missing = existing_part(ops, directory, path)
         if not missing:
             clear_abandoned(ops, directory, name)
         available = ops.available_bytes(existing)
         if available is not None and size > available:
             raise not_enough_space(path, size, available)
-        _make_directories(ops, existing, missing)
+        make_directories(ops, existing, missing)
         temporary, descriptor = _create_temporary(ops, directory, name)
         write = DurableWrite(ops, path, temporary, descriptor, size)
         try:
@@ -252,7 +252,7 @@ def refuse_directory(ops: FileOps, path: str) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
 
 
-def _existing_part(ops: FileOps, directory: str, path: str) -> tuple[str, list[str]]:
+def existing_part(ops: FileOps, directory: str, path: str) -> tuple[str, list[str]]:
     """The deepest directory of ``directory`` that is there, and those below it that are not, outermost first."""
     missing: list[str] = []
     existing = directory
@@ -276,7 +276,7 @@ def _existing_part(ops: FileOps, directory: str, path: str) -> tuple[str, list[s
         return existing, missing
 
 
-def _make_directories(ops: FileOps, existing: str, missing: list[str]) -> None:
+def make_directories(ops: FileOps, existing: str, missing: list[str]) -> None:
     """Make ``missing``, each durable before there is anything in it.
 
     So at most the deepest directory there is can be one whose maker was killed before its name was durable: its

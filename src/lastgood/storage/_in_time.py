@@ -10,7 +10,7 @@ from typing import TypeVar
 from lastgood._events import logger
 from lastgood._threads import call_with_timeout
 from lastgood.errors import StorageError
-from lastgood.storage.base import Buffer, StorageBackend, StoredFile, StreamedWrite
+from lastgood.storage.base import Buffer, StorageBackend, StorageLock, StoredFile, StreamedWrite
 
 Result = TypeVar("Result")
 
@@ -36,6 +36,14 @@ class StorageInTime:
 
         write = self._obtain(lambda: self._storage.begin(path, size), undo, "begin", path, _NOTHING)
         return _WriteInTime(write, path, self._call)
+
+    def try_lock(self, path: str) -> StorageLock | None:
+        def undo(lock: StorageLock | None) -> None:
+            if lock is not None:
+                lock.release()
+
+        lock = self._obtain(lambda: self._storage.try_lock(path), undo, "lock", path, _NOTHING)
+        return None if lock is None else _LockInTime(lock, path, self._call)
 
     def put(self, path: str, data: Buffer) -> None:
         self._call(lambda: self._storage.put(path, data), "put", path, _UNKNOWN)
@@ -126,6 +134,19 @@ class _WriteInTime:
             self._call(self._write.abort, "abort", self._path, _NOTHING)
         except StorageError as error:
             logger.warning("%s The temporary of %s stays behind until the next save of that name.", error, self._path)
+
+
+class _LockInTime:
+    def __init__(self, lock: StorageLock, path: str, call: _Call) -> None:
+        self._lock = lock
+        self._path = path
+        self._call = call
+
+    def release(self) -> None:
+        try:
+            self._call(self._lock.release, "release the lock", self._path, _UNKNOWN)
+        except StorageError as error:
+            logger.warning("%s The lock of %s stays until this process ends.", error, self._path)
 
 
 class _FileInTime:

@@ -55,6 +55,13 @@ class StoredFile(Protocol):
         """Give the file back. May be called several times."""
 
 
+class StorageLock(Protocol):
+    """The right to write one file, until it is released or its holder's process has died."""
+
+    def release(self) -> None:
+        """Let others have it. May be called several times; never raises."""
+
+
 class StorageBackend(Protocol):
     """A place for checkpoints. All methods may be called from several threads."""
 
@@ -63,6 +70,13 @@ class StorageBackend(Protocol):
 
         Clears temporaries that dead writers of the same name left behind. Raises
         :class:`~lastgood.errors.StorageError` before a byte is written when ``size`` bytes are not available.
+        """
+
+    def try_lock(self, path: str) -> StorageLock | None:
+        """The right to write the file ``path``; ``None`` if another writer has it. Does not wait.
+
+        Makes missing parent directories, as :meth:`begin` does. It keeps apart those who ask for it, not those who do
+        not. A backend that has no locks gives one that keeps nobody apart.
         """
 
     def put(self, path: str, data: Buffer) -> None:

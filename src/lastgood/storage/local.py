@@ -7,10 +7,13 @@ from lastgood.errors import ConfigError
 from lastgood.storage._durable_write import (
     DurableWrite,
     begin_durable_write,
+    existing_part,
     is_temporary,
+    make_directories,
     refuse_directory,
     sync_directory,
 )
+from lastgood.storage._file_lock import FileLock, is_lock, try_file_lock
 from lastgood.storage._local_errors import UNCHANGED, translated
 from lastgood.storage._local_read import LocalFile, open_local_file
 from lastgood.storage.base import Buffer
@@ -23,7 +26,7 @@ class LocalStorage:
     A relative path is taken from the working directory at the time of the call. A symbolic link under a file's name
     is replaced by the file, not followed. Everything that is written is written in full under a temporary name in
     the same directory first, so a directory needs room for the old file and the new one at once. ``list`` does not
-    show these temporaries.
+    show these temporaries, nor locks.
     """
 
     def __init__(self, file_ops: FileOps | None = None) -> None:
@@ -33,6 +36,15 @@ class LocalStorage:
         if size < 0:
             raise ConfigError(f"a file cannot have {size} bytes", path=path)
         return begin_durable_write(self._ops, _absolute(path), size)
+
+    def try_lock(self, path: str) -> FileLock | None:
+        absolute = _absolute(path)
+        directory = os.path.dirname(absolute)
+        with translated("locking", path, phase="lock"):
+            existing, missing = existing_part(self._ops, directory, absolute)
+            if missing:
+                make_directories(self._ops, existing, missing)
+            return try_file_lock(self._ops, absolute)
 
     def put(self, path: str, data: Buffer) -> None:
         self._put(path, data, replace=True)
@@ -67,7 +79,7 @@ class LocalStorage:
                 names = self._ops.list_directory(_absolute(path))
             except (FileNotFoundError, NotADirectoryError):
                 return []
-            return sorted(name for name in names if not is_temporary(name))
+            return sorted(name for name in names if not is_temporary(name) and not is_lock(name))
 
     def delete(self, path: str) -> None:
         absolute = _absolute(path)

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tests.unit.format.zip_layout import ZipRecord, read_layout
@@ -18,6 +19,7 @@ from tests.unit.format.zip_layout import ZipRecord, read_layout
 import lastgood
 from lastgood._single_file import save
 from lastgood.capture import capture
+from lastgood.format.index_head import UNSAVED
 from lastgood.format.stream import FileImage, stream_image
 
 BLOCK = 1024 * 1024
@@ -154,7 +156,7 @@ class Windows:
 
 
 def an_image() -> FileImage:
-    return capture(a_state()).image(save_id=SAVE_ID, rank=0, world_size=1, step=None, independent=False)
+    return capture(a_state()).image(msgspec.structs.replace(UNSAVED, save_id=SAVE_ID))
 
 
 def test_the_bytes_do_not_depend_on_how_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
 """Files beyond what a plain zip can hold: more than 4 GiB in one record, more than 65,535 records."""
 
+import dataclasses
 import shutil
 import zipfile
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from tests.unit.capture.files import loaded_by_torch, loaded_by_us
@@ -11,8 +13,9 @@ from tests.unit.format.zip_layout import read_layout
 
 import lastgood
 from lastgood._image_writer import write_image
-from lastgood.capture import CapturedState, capture
+from lastgood.capture import capture
 from lastgood.format.index import ListNode
+from lastgood.format.index_head import UNSAVED
 from lastgood.format.pickle_writer import encode_pickle
 from lastgood.storage.local import LocalStorage
 
@@ -54,8 +57,8 @@ def test_more_than_65535_records(tmp_path: Path) -> None:
     tensors = known.index.root.items  # type: ignore[union-attr]
     known.index.root = ListNode([tensors[0], tensors[count // 2], tensors[-1]])
     known.index.pickle_size = len(pickle_bytes := encode_pickle(known.index, b"", []))
-    few = CapturedState(known.index, pickle_bytes, known.extents)
-    image = few.image(save_id="ab" * 16, rank=0, world_size=1, step=None, independent=False)
+    few = dataclasses.replace(known, pickle_bytes=pickle_bytes)
+    image = few.image(msgspec.structs.replace(UNSAVED, save_id="ab" * 16))
     path = tmp_path / "many.pt"
     upload = LocalStorage().begin(str(path), image.size)
     write_image(image, upload, str(path), no_progress_timeout_secs=60)

@@ -1,0 +1,1 @@
+"""How a state gets into shared memory; :mod:`lastgood.staging` is the way in."""

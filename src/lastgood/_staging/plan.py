@@ -1,0 +1,398 @@
+"""The plan of a snapshot: where everything goes, worked out once and used again while the structure stays the same."""
+
+import array
+import bisect
+import itertools
+import operator
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+import torch
+
+from lastgood._memory import paused_garbage_collection
+from lastgood._snapshot import ImageDescription
+from lastgood._staging.structure import Leaves, Structure, plain_bytes, structure_of
+from lastgood._storage_uses import bytes_of
+from lastgood.capture import CapturedState, capture
+from lastgood.format.image import FIRST_STORAGE, DataLayout, lay_out_data, lay_out_ending
+from lastgood.format.index import Index, scalar_node
+from lastgood.format.index_head import LARGEST_HEAD, encode_body
+from lastgood.format.pickle_writer import PickleTemplate, encode_template
+from lastgood.format.spec import PAGE, PAGE_ALIGNED_FROM
+from lastgood.storage._direct_io import round_up
+
+_CHECKED_AT_ONCE = 20_000
+"""With more tensors than this, their properties are compared with the plan's while the snapshot is being staged:
+reading a property of 100,000 tensors takes some 20 ms."""
+
+_BATCH = 2_000
+"""How many tensors are asked for one property without letting another thread run."""
+
+_numbers = itertools.count(1)
+
+
+EARLY_BYTES = 32 << 20
+EARLY_STORAGES = 200_000
+"""How much of the small storages is copied before a save returns. Those of 64 KiB and more never are."""
+
+
+class Selection:
+    """Some of the storages, and what belongs to them picked out of lists about all storages."""
+
+    def __init__(self, numbers: list[int], sizes: list[int]) -> None:
+        self.numbers = numbers
+        self.sizes = [sizes[number] for number in numbers]
+        self._is_all = numbers == list(range(len(sizes)))
+
+    def of(self, values: list[int]) -> list[int]:
+        """The values that belong to the chosen storages."""
+        return values if self._is_all else list(map(values.__getitem__, self.numbers))
+
+
+NOTHING = Selection([], [])
+
+
+def _within_budget(sizes: list[int]) -> int:
+    """How many storages, from the first on, may be copied early."""
+    count = bisect.bisect_right(list(itertools.accumulate(sizes)), EARLY_BYTES)
+    return min(count, EARLY_STORAGES)
+
+
+class Span(msgspec.Struct, gc=False):
+    """The bytes of one storage that are saved, and the tensor by which they are found: number ``tensor`` of the walk.
+
+    The bytes begin ``before`` bytes before that tensor's own first byte.
+    """
+
+    size: int
+    tensor: int
+    before: int
+
+
+class Plan:
+    """How one structure of a state becomes an image. Plain values are exchanged in it from save to save."""
+
+    def __init__(self, captured: CapturedState) -> None:
+        self.index: Index = captured.index
+        self.sizes = [entry.nbytes for entry in self.index.storages]
+        self.on_devices = [use.number for use in captured.extents if not use.on_cpu and use.nbytes]
+        small = [number for number, size in enumerate(self.sizes) if 0 < size < PAGE_ALIGNED_FROM]
+        count = _within_budget([self.sizes[number] for number in small])
+        self.early = Selection(small[:count], self.sizes)
+        self.late_small = Selection(small[count:], self.sizes)
+        self.large = [number for number, size in enumerate(self.sizes) if size >= PAGE_ALIGNED_FROM]
+        self._pickle_bytes: bytes | None = captured.pickle_bytes
+        self._body: bytes | None = None
+        self._template: PickleTemplate | None = None
+        self.number = 0
+        self.pickle_size = 0
+        self.layout: DataLayout
+        self.offsets: list[int]
+        """Where each storage's bytes stand in the image."""
+        self._set_pickle_size(len(captured.pickle_bytes))
+
+    def _set_pickle_size(self, size: int) -> None:
+        if size != self.pickle_size:
+            self.pickle_size = self.index.pickle_size = size
+            self.number = next(_numbers)
+            self.layout = lay_out_data(size, len(self.index.byteorder), self.sizes)
+            self.offsets = [record.data_offset for record in self.layout.records[FIRST_STORAGE:]]
+
+    def exchange(self, structure: Structure, values: dict[int, Any]) -> None:
+        """Take over plain values that have changed, by their number in the structure's walk.
+
+        Another length of the pickle moves everything behind it: the plan then has a new number.
+        """
+        if self._template is None:
+            self._template = encode_template(self.index)
+        for number, value in values.items():
+            node = scalar_node(value)
+            structure.set_plain(number, node)
+            self._template.exchange(structure.pickle_number(number), node)
+        self._pickle_bytes = self._body = None
+        self._set_pickle_size(self._template.size)
+
+    @property
+    def pickle_bytes(self) -> bytes:
+        """The bytes of data.pkl with the plain values of the save at hand."""
+        if self._pickle_bytes is None:
+            assert self._template is not None  # exchange() made it
+            self._pickle_bytes = self._template.render()
+        return self._pickle_bytes
+
+    @property
+    def index_body(self) -> bytes:
+        """The index without its head, with the plain values of the save at hand."""
+        if self._body is None:
+            self._body = encode_body(self.index)
+        return self._body
+
+    def describe(self) -> ImageDescription:
+        """What the writer of the image has to know; the arena has to have ``arena_size`` of it."""
+        capacity = lay_out_ending(self.layout, len(self.index_body) + LARGEST_HEAD).file_size
+        # A shorter head can move what follows by less than this.
+        capacity = round_up(capacity + 2 * PAGE)
+        return ImageDescription(
+            plan=self.number,
+            pickle_size=self.pickle_size,
+            byteorder=self.index.byteorder,
+            storage_count=len(self.sizes),
+            storage_sizes_offset=capacity,
+            index_body_offset=capacity + 8 * len(self.sizes),
+            index_body_size=len(self.index_body),
+            image_capacity=capacity,
+        )
+
+    def storage_sizes(self) -> bytes:
+        """The storages' sizes as they stand in the arena."""
+        return array.array("Q", self.sizes).tobytes()
+
+
+def arena_size(description: ImageDescription) -> int:
+    """How large an arena the image needs with what stands beside it."""
+    return description.index_body_offset + description.index_body_size
+
+
+class Taken(msgspec.Struct):
+    """One state as it was when it was asked for: its plan, and where its bytes are.
+
+    ``addresses`` has an entry for each storage; that of a storage on a device is 0, and ``device_parts`` has its
+    bytes as a tensor. ``tensors`` are those that stand on each large storage. ``owners`` keep the memory alive.
+    ``unchecked`` is what remains to be compared with the plan before the snapshot may be published.
+    """
+
+    plan: Plan
+    addresses: list[int]
+    device_parts: dict[int, torch.Tensor]
+    tensors: dict[int, list[torch.Tensor]]
+    owners: Any
+    unchecked: "Sequence[torch.Tensor] | None" = None
+
+
+class Planner:
+    """Takes states, remembering the plan of the last one. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._known: _Matchable | None = None
+
+    def take(self, state: Any) -> Taken:
+        """Freeze the structure and the plain values of ``state``, and find its tensors' bytes.
+
+        Raises what :func:`~lastgood.capture.capture` raises.
+        """
+        if self._known is not None:
+            with paused_garbage_collection():
+                taken = self._known.take(state)
+            if taken is not None:
+                return taken
+        return self.take_anew(state)
+
+    def take_anew(self, state: Any) -> Taken:
+        """The same, without what is remembered."""
+        self._known = None
+        captured = capture(state)
+        plan = Plan(captured)
+        with paused_garbage_collection():
+            found = None if captured.has_opaque_values else structure_of(state, captured.index.root)
+            if found is not None:
+                self._known = _Matchable.of(plan, captured, *found)
+        return _taken_from(plan, captured)
+
+    def forget(self) -> None:
+        """Let go of the plan."""
+        self._known = None
+
+    def holds(self, taken: Taken) -> bool:
+        """Compare what was left unchecked; False if the state does not have the plan's structure after all."""
+        return self._known is None or taken.unchecked is None or self._known.facts == _facts(taken.unchecked)
+
+
+def _taken_from(plan: Plan, captured: CapturedState) -> Taken:
+    large = frozenset([*plan.large, *plan.late_small.numbers])
+    tensors: dict[int, list[torch.Tensor]] = {}
+    for tensor, node in captured.tensors:
+        if node.storage in large:
+            tensors.setdefault(node.storage, []).append(tensor)
+    addresses = [use.storage.data_ptr() + use.start if use.on_cpu and use.nbytes else 0 for use in captured.extents]
+    parts = {use.number: use.device_bytes() for use in captured.extents if not use.on_cpu and use.nbytes}
+    return Taken(plan, addresses, parts, tensors, captured)
+
+
+class _Matchable:
+    """A plan, and how to tell that another state has the same structure."""
+
+    def __init__(
+        self, plan: Plan, structure: Structure, plain: list[Any], fixed: list[Any], facts: "_Facts", spans: list[Span]
+    ) -> None:
+        self._plan = plan
+        self._structure = structure
+        self._plain = plain
+        self._plain_bytes = plain_bytes(plain)
+        self._fixed = fixed
+        self.facts = facts
+        self._spans = spans
+        self._span_tensors = Selection([span.tensor for span in spans], [0] * len(structure.tensor_nodes))
+        self._span_starts = [span.before for span in spans]
+        large = frozenset([*plan.large, *plan.late_small.numbers])
+        self._tensors_on_large: list[tuple[int, int]] = [
+            (position, node.storage) for position, node in enumerate(structure.tensor_nodes) if node.storage in large
+        ]
+
+    @classmethod
+    def of(cls, plan: Plan, captured: CapturedState, structure: Structure, leaves: Leaves) -> "_Matchable | None":
+        """``None`` for a state whose tensors cannot be found again by their addresses."""
+        facts = _facts(leaves.tensors)
+        first: dict[int, int] = {}
+        if facts is None:
+            return None
+        for position, node in enumerate(structure.tensor_nodes):
+            if facts.nbytes[position] or not plan.sizes[node.storage]:  # an empty tensor does not show where it is
+                first.setdefault(node.storage, position)
+        spans = []
+        for use in captured.extents:
+            position = first[use.number]
+            spans.append(Span(use.nbytes, position, facts.offsets[position] - use.start))
+        return cls(plan, structure, leaves.plain, leaves.fixed, facts, spans)
+
+    def _device_part(self, tensor: torch.Tensor, span: Span) -> torch.Tensor:
+        start = self.facts.offsets[span.tensor] - span.before
+        return bytes_of(tensor.untyped_storage(), start, start + span.size)
+
+    def take(self, state: Any) -> Taken | None:
+        leaves = self._structure.match(state)
+        if leaves is None or leaves.fixed != self._fixed:
+            return None
+        tensors = leaves.tensors
+        unchecked = None
+        if len(tensors) <= _CHECKED_AT_ONCE:
+            if _facts(tensors) != self.facts:
+                return None
+        else:
+            if not self.facts.quick_matches(tensors):
+                return None
+            unchecked = tensors
+        starts = _pointers(tensors)
+        if starts is None:
+            return None
+        # Addresses of empty storages mean nothing, and are not looked at.
+        addresses = list(map(operator.sub, self._span_tensors.of(starts), self._span_starts))
+        parts = {}
+        for number in self._plan.on_devices:
+            addresses[number] = 0
+            parts[number] = self._device_part(tensors[self._spans[number].tensor], self._spans[number])
+        watched: dict[int, list[torch.Tensor]] = {}
+        for position, storage in self._tensors_on_large:
+            watched.setdefault(storage, []).append(tensors[position])
+        self._exchange(leaves.plain)
+        return Taken(self._plan, addresses, parts, watched, tensors, unchecked)
+
+    def _exchange(self, plain: list[Any]) -> None:
+        encoded = plain_bytes(plain)
+        if encoded == self._plain_bytes:
+            return
+        changed = {
+            number: value
+            for number, (value, before) in enumerate(zip(plain, self._plain, strict=True))
+            if value is not before and plain_bytes([value]) != plain_bytes([before])
+        }
+        self._plain, self._plain_bytes = plain, encoded
+        if changed:
+            self._plan.exchange(self._structure, changed)
+
+
+class _Facts(msgspec.Struct):
+    """All that a description of tensors depends on, but for their names and data; a list each, in the walk's order.
+
+    ``storages`` numbers the storages by their first appearance, ``offsets`` and ``nbytes`` are in bytes.
+    ``repeats`` says which tensor is the same object as which one before.
+    """
+
+    properties: list[list[Any]]
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    """Shape and strides of those of two and more dimensions, or that are not contiguous: of the others, bytes, dtype
+    and number of dimensions say as much, and reading them takes a fraction of the time."""
+
+    storages: list[int]
+    offsets: list[int]
+    storage_nbytes: list[int]
+    repeats: list[int] | None
+    nbytes: list[int]
+    all_contiguous: bool
+
+    def quick_matches(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether as many bytes can be read from where each of them begins as from those of the plan."""
+        try:
+            return (
+                self.all_contiguous
+                and all(map(torch.Tensor.is_contiguous, tensors))
+                and list(map(_nbytes, tensors)) == self.nbytes
+                and _repeats(tensors) == self.repeats
+            )
+        except RuntimeError:
+            return False
+
+
+_nbytes = attrgetter("nbytes")
+_READERS: list[Any] = [
+    attrgetter("dtype"),
+    torch.Tensor.dim,
+    torch.Tensor.is_contiguous,
+    attrgetter("requires_grad"),
+    torch.Tensor.is_neg,
+    attrgetter("device"),
+]
+if hasattr(torch.Tensor, "has_names"):
+    _READERS.append(torch.Tensor.has_names)  # type: ignore[attr-defined]
+
+
+def _facts(tensors: Sequence[torch.Tensor]) -> _Facts | None:
+    """``None`` if there is a tensor among them that is more than a view of one storage."""
+    if any(map(vars, tensors)):
+        return None  # attributes of the user's own go into the pickle
+    try:
+        properties = [_read(tensors, reader) for reader in _READERS]
+        storages = _read(tensors, torch.Tensor.untyped_storage)
+        bases = _read(storages, torch.UntypedStorage.data_ptr)
+        starts = _read(tensors, torch.Tensor.data_ptr)
+        nbytes = _read(tensors, _nbytes)
+        dtypes, dimensions, contiguous = properties[:3]
+        if any(dtype.is_complex for dtype in set(dtypes)):
+            properties.append(_read(tensors, torch.Tensor.is_conj))
+        shapes = [
+            (tuple(tensor.shape), tensor.stride())
+            for tensor, dimension, is_contiguous in zip(tensors, dimensions, contiguous, strict=True)
+            if dimension > 1 or not is_contiguous
+        ]
+        storage_nbytes = _read(storages, torch.UntypedStorage.nbytes)
+    except (RuntimeError, NotImplementedError):
+        return None
+    numbers: dict[int, int] = {}
+    numbered = [numbers.setdefault(id(storage), len(numbers)) for storage in storages]
+    # An empty tensor may say that it begins nowhere.
+    offsets = [start - base if size else 0 for start, base, size in zip(starts, bases, nbytes, strict=True)]
+    return _Facts(properties, shapes, numbered, offsets, storage_nbytes, _repeats(tensors), nbytes, all(contiguous))
+
+
+def _read(objects: Sequence[Any], reader: Any) -> list[Any]:
+    """One property of all objects. Between batches other threads may run: inside of ``map`` they may not."""
+    found: list[Any] = []
+    for start in range(0, len(objects), _BATCH):
+        found += map(reader, objects[start : start + _BATCH])
+    return found
+
+
+def _pointers(tensors: Sequence[torch.Tensor]) -> list[int] | None:
+    try:
+        return list(map(torch.Tensor.data_ptr, tensors))
+    except RuntimeError:
+        return None
+
+
+def _repeats(tensors: Sequence[torch.Tensor]) -> list[int] | None:
+    """For each tensor the position at which it first stands; ``None`` if all are different objects."""
+    if len(set(map(id, tensors))) == len(tensors):
+        return None
+    first: dict[int, int] = {}
+    return [first.setdefault(id(tensor), position) for position, tensor in enumerate(tensors)]
