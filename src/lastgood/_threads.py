@@ -52,14 +52,10 @@ def run_all(
             ended.put((number, failure))
         ended.put((-1, None))
 
-    threads = [
-        threading.Thread(target=work, name=f"lastgood-{name}-{number}", daemon=True)
-        for number in range(min(thread_count, len(tasks)))
-    ]
-    for thread in threads:
-        thread.start()
+    running = min(thread_count, len(tasks))
+    for number in range(running):
+        start_or_do(work, name=f"lastgood-{name}-{number}")
     failures: list[tuple[int, BaseException]] = []
-    running = len(threads)
     try:
         while running:
             number, failure = ended.get(timeout=no_progress_timeout_secs)
@@ -78,3 +74,16 @@ def run_all(
             raise first
         finally:
             del first
+
+
+def start_or_do(work: Callable[[], None], *, name: str) -> None:
+    """Do ``work`` on a daemon thread of its own; or at once, where the interpreter is ending and starts none any more.
+
+    Some of the last saves are finished at that time, and none of them may be lost for want of a thread.
+    """
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+    except RuntimeError as error:
+        if "shutdown" not in str(error):
+            raise
+        work()

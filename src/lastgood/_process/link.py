@@ -24,6 +24,7 @@ from lastgood._process.launch import CheckpointProcessConfig, Launch, environmen
 from lastgood._process.pending_save import PendingSave
 from lastgood._process.pipe import MessagePipe, Outbox, RequestType, WorkerRequest, WorkerResponse
 from lastgood._snapshot import Placement
+from lastgood._threads import start_or_do
 from lastgood.errors import CheckpointProcessError, SaveTimeoutError
 
 _SPARE_ARENAS = 1
@@ -396,4 +397,5 @@ class ProcessLink:
 
 
 def _in_background(function: Callable[[], None]) -> None:
-    threading.Thread(target=function, name="lastgood-save-ended", daemon=True).start()
+    """Resolve futures outside of the link's thread: their callbacks are the user's, and may ask for another save."""
+    start_or_do(function, name="lastgood-save-ended")

@@ -10,6 +10,7 @@ import errno
 import itertools
 import mmap
 import os
+import weakref
 from collections.abc import Callable
 
 from lastgood import _events
@@ -45,6 +46,7 @@ class Arena:
         """What its user has noted about the bytes in it."""
         self._mapping: mmap.mmap | None = None
         self.descriptor = os.memfd_create("lastgood-arena")
+        self._close_descriptor = weakref.finalize(self, os.close, self.descriptor)
         self._address = 0
 
     @property
@@ -104,11 +106,10 @@ class Arena:
     def close(self, *, unused: bool = True) -> None:
         """Give the memory back: at once if it is ``unused``, or else when no other process has it mapped any more."""
         self._unmap()
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            if unused:
-                os.ftruncate(descriptor, 0)
-            os.close(descriptor)
+        if unused and self._close_descriptor.alive:
+            os.ftruncate(self.descriptor, 0)
+        self._close_descriptor()
+        self.descriptor = -1
         self.size = self.reserved = 0
 
     def _unmap(self) -> None:
