@@ -50,6 +50,9 @@ def run_all(
                 failure = error
                 stopped.set()
             ended.put((number, failure))
+            # A failure's traceback leads to the frames it passed through: no variable of theirs may lead back to it, or
+            # all that those frames know would stay in memory until the garbage collector runs.
+            failure = None
         ended.put((-1, None))
 
     running = min(thread_count, len(tasks))
@@ -63,13 +66,14 @@ def run_all(
                 running -= 1
             elif failure is not None:
                 failures.append((number, failure))
+                failure = None
     except queue.Empty:
         raise timed_out() from None
     finally:
         stopped.set()
     if failures:
         _, first = min(failures, key=lambda entry: entry[0])
-        failures.clear()  # its traceback leads here: the one must not keep the other alive
+        failures.clear()
         try:
             raise first
         finally:

@@ -14,7 +14,7 @@ import pytest
 import lastgood
 from lastgood import errors
 
-# What users know from PyTorch's experimental checkpointer: these modules under these names, as far as they exist.
+# What users know from PyTorch's experimental checkpointer: these modules under these names.
 FLAT_MODULES = {
     "types": ["RankInfo", "STATE_DICT"],
     "utils": ["wrap_future"],
@@ -28,9 +28,17 @@ FLAT_MODULES = {
     ],
     "checkpoint_writer": ["CheckpointWriter", "CheckpointWriterConfig", "WriterHook"],
     "checkpoint_reader": ["CheckpointReader"],
-    "checkpointer": ["Checkpointer", "SyncCheckpointer"],
+    "staging": ["CheckpointStager", "CheckpointStagerConfig", "DefaultStager"],
+    "checkpoint_process": [
+        "CheckpointProcess",
+        "CheckpointProcessConfig",
+        "RequestType",
+        "WorkerRequest",
+        "WorkerResponse",
+    ],
+    "checkpointer": ["AsyncCheckpointer", "Checkpointer", "SyncCheckpointer"],
     "config": ["CheckpointerConfig"],
-    "builder": ["make_sync_checkpointer"],
+    "builder": ["make_async_checkpointer", "make_sync_checkpointer"],
 }
 
 MODULES_WITHOUT_TORCH = [
@@ -40,6 +48,9 @@ MODULES_WITHOUT_TORCH = [
     "lastgood.utils",
     "lastgood.format",
     "lastgood.storage",
+    "lastgood.checkpoint_writer",
+    "lastgood.checkpoint_process",
+    "lastgood._worker",
 ]
 
 

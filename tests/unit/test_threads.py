@@ -1,8 +1,11 @@
 """Waiting with a limit, and running tasks on threads."""
 
+import contextlib
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -111,6 +114,7 @@ def test_progress_counts_not_the_whole() -> None:
 def test_a_call_given_up_does_not_keep_the_interpreter_from_exiting() -> None:
     code = """
 import threading
+import weakref
 from lastgood._threads import call_with_timeout
 try:
     call_with_timeout(threading.Event().wait, 0.01, lambda: TimeoutError("late"), name="test")
@@ -120,3 +124,44 @@ except TimeoutError:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout == "given up\n"
     assert run.stderr == ""
+
+
+def test_a_failure_keeps_nothing_in_memory_once_it_was_handled() -> None:
+    """Its traceback leads to the frames that it passed through, and they to whatever the caller has at hand."""
+
+    class Snapshot:
+        pass
+
+    def fail(task: int) -> None:
+        raise ValueError(task)
+
+    def caller() -> "weakref.ref[Snapshot]":
+        snapshot = Snapshot()
+        with contextlib.suppress(ValueError):
+            run_all([1, 2, 3], fail, 2, 60, TimeoutError, name="test")
+        return weakref.ref(snapshot)
+
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()
+
+
+def test_the_last_work_is_done_when_no_more_threads_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    done: list[int] = []
+    run_all([1, 2, 3], done.append, 2, 60, TimeoutError, name="test")
+    assert done == [1, 2, 3]
+
+
+def test_too_many_threads_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        run_all([1], print, 1, 60, TimeoutError, name="test")

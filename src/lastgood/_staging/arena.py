@@ -42,8 +42,8 @@ class Arena:
         self.number = next(_numbers)
         self.size = 0
         self.reserved = 0
-        self.content: object = None
-        """What its user has noted about the bytes in it."""
+        self.content: tuple[int, int] | None = None
+        """What its user has noted about the bytes in it: the plan by which it is laid out, and its revision."""
         self._mapping: mmap.mmap | None = None
         self.descriptor = os.memfd_create("lastgood-arena")
         self._close_descriptor = weakref.finalize(self, os.close, self.descriptor)

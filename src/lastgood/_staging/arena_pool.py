@@ -22,11 +22,11 @@ class ArenaPool:
         self._free: list[Arena] = []
         self._is_closed = False
 
-    def find(self, content: object) -> Arena | None:
-        """A free arena with this content, for its finder alone."""
+    def find(self, plan: int) -> Arena | None:
+        """A free arena that is laid out by the plan of this number, for its finder alone."""
         with self._lock:
             for arena in self._free:
-                if arena.content == content:
+                if arena.content is not None and arena.content[0] == plan:
                     self._free.remove(arena)
                     return arena
         return None

@@ -17,6 +17,7 @@ from lastgood._staging.plan import NOTHING, Planner, Selection, Taken, arena_siz
 from lastgood._staging.witnesses import Witnesses
 from lastgood._threads import run_all
 from lastgood.errors import SaveTimeoutError, StagingError
+from lastgood.format.image import lay_out_data
 from lastgood.format.in_memory import lay_down
 from lastgood.types import STATE_DICT
 
@@ -143,7 +144,7 @@ class StagingJob:
             for start in range(0, plan.sizes[number], PIECE_SIZE)
         ]
         progress = _Progress(
-            self.snapshot, [plan.offsets[number] + start for number, start, _ in pieces], plan.layout.end
+            self.snapshot, [plan.offsets[number] + start for number, start, _ in pieces], plan.data_end
         )
 
         def timed_out() -> StagingError:
@@ -216,16 +217,20 @@ def lay_out(arena: Arena, taken: Taken) -> Placement:
     """Write into the arena what is known before the data; its headers are there already if it was laid out before."""
     plan = taken.plan
     description = plan.describe()
-    memory = arena.memory(0, arena_size(description))
-    if arena.content != plan.number:
+    if arena.content != plan.content:
+        memory = arena.memory(0, arena_size(description))
+        is_laid_out = arena.content is not None and arena.content[0] == plan.number
         arena.content = None
-        lay_down(memory[: plan.layout.end], plan.layout, plan.pickle_bytes, description.byteorder)
-        arena.content = plan.number
-    else:
-        record = plan.layout.records[0]
-        memory[record.data_offset : record.data_end] = plan.pickle_bytes
-    memory[description.storage_sizes_offset : description.index_body_offset] = plan.storage_sizes()
-    memory[description.index_body_offset :] = plan.index_body
+        if is_laid_out:
+            [pickled, *_] = lay_out_data(plan.pickle_size, len(description.byteorder), []).records
+            memory[pickled.data_offset : pickled.data_end] = plan.pickle_bytes()
+        else:
+            layout = plan.layout()
+            lay_down(memory[: layout.end], layout, plan.pickle_bytes(), description.byteorder)
+        memory[description.storage_sizes_offset : description.index_body_offset] = plan.storage_sizes()
+        memory[description.index_body_offset :] = plan.index_body()
+        arena.content = plan.content
+        plan.forget_contents()
     return Placement(arena.descriptor, arena.number, arena.size, description)
 
 

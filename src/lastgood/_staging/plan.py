@@ -83,71 +83,96 @@ class Plan:
         self.early = Selection(small[:count], self.sizes)
         self.late_small = Selection(small[count:], self.sizes)
         self.large = [number for number, size in enumerate(self.sizes) if size >= PAGE_ALIGNED_FROM]
+        self._has_opaque_values = captured.has_opaque_values
+        self._template: PickleTemplate | None = None
         self._pickle_bytes: bytes | None = captured.pickle_bytes
         self._body: bytes | None = None
-        self._template: PickleTemplate | None = None
+        self._description: ImageDescription | None = None
         self.number = 0
+        self.revision = 0
         self.pickle_size = 0
-        self.layout: DataLayout
         self.offsets: list[int]
         """Where each storage's bytes stand in the image."""
+        self.data_end: int
+        """Where the last storage's record ends."""
         self._set_pickle_size(len(captured.pickle_bytes))
 
     def _set_pickle_size(self, size: int) -> None:
         if size != self.pickle_size:
             self.pickle_size = self.index.pickle_size = size
             self.number = next(_numbers)
-            self.layout = lay_out_data(size, len(self.index.byteorder), self.sizes)
-            self.offsets = [record.data_offset for record in self.layout.records[FIRST_STORAGE:]]
+            layout = self.layout()
+            self.offsets = [record.data_offset for record in layout.records[FIRST_STORAGE:]]
+            self.data_end = layout.end
+
+    @property
+    def content(self) -> tuple[int, int]:
+        """Stands for all bytes of the image but the storages': the number of the layout, and what is written in it."""
+        return self.number, self.revision
 
     def exchange(self, structure: Structure, values: dict[int, Any]) -> None:
         """Take over plain values that have changed, by their number in the structure's walk.
 
         Another length of the pickle moves everything behind it: the plan then has a new number.
         """
-        if self._template is None:
-            self._template = encode_template(self.index)
+        template = self._known_template()
         for number, value in values.items():
             node = scalar_node(value)
             structure.set_plain(number, node)
-            self._template.exchange(structure.pickle_number(number), node)
-        self._pickle_bytes = self._body = None
-        self._set_pickle_size(self._template.size)
+            template.exchange(structure.pickle_number(number), node)
+        self._pickle_bytes = self._body = self._description = None
+        self.revision += 1
+        self._set_pickle_size(template.size)
 
-    @property
+    def _known_template(self) -> PickleTemplate:
+        if self._template is None:
+            self._template = encode_template(self.index)
+        return self._template
+
+    # What follows is as large as the state has tensors, so it is made when it is wanted and not kept.
+
+    def layout(self) -> DataLayout:
+        """The records of the image."""
+        return lay_out_data(self.pickle_size, len(self.index.byteorder), self.sizes)
+
     def pickle_bytes(self) -> bytes:
         """The bytes of data.pkl with the plain values of the save at hand."""
-        if self._pickle_bytes is None:
-            assert self._template is not None  # exchange() made it
-            self._pickle_bytes = self._template.render()
-        return self._pickle_bytes
+        return self._known_template().render() if self._pickle_bytes is None else self._pickle_bytes
 
-    @property
     def index_body(self) -> bytes:
         """The index without its head, with the plain values of the save at hand."""
         if self._body is None:
             self._body = encode_body(self.index)
         return self._body
 
-    def describe(self) -> ImageDescription:
-        """What the writer of the image has to know; the arena has to have ``arena_size`` of it."""
-        capacity = lay_out_ending(self.layout, len(self.index_body) + LARGEST_HEAD).file_size
-        # A shorter head can move what follows by less than this.
-        capacity = round_up(capacity + 2 * PAGE)
-        return ImageDescription(
-            plan=self.number,
-            pickle_size=self.pickle_size,
-            byteorder=self.index.byteorder,
-            storage_count=len(self.sizes),
-            storage_sizes_offset=capacity,
-            index_body_offset=capacity + 8 * len(self.sizes),
-            index_body_size=len(self.index_body),
-            image_capacity=capacity,
-        )
-
     def storage_sizes(self) -> bytes:
         """The storages' sizes as they stand in the arena."""
         return array.array("Q", self.sizes).tobytes()
+
+    def forget_contents(self) -> None:
+        """They stand in an arena now."""
+        self._body = None
+        if not self._has_opaque_values:
+            self._pickle_bytes = None  # the template can be rendered again
+
+    def describe(self) -> ImageDescription:
+        """What the writer of the image has to know; the arena has to have ``arena_size`` of it."""
+        if self._description is None:
+            body_size = len(self.index_body())
+            capacity = lay_out_ending(self.layout(), body_size + LARGEST_HEAD).file_size
+            # A shorter head can move what follows by less than this.
+            capacity = round_up(capacity + 2 * PAGE)
+            self._description = ImageDescription(
+                plan=self.number,
+                pickle_size=self.pickle_size,
+                byteorder=self.index.byteorder,
+                storage_count=len(self.sizes),
+                storage_sizes_offset=capacity,
+                index_body_offset=capacity + 8 * len(self.sizes),
+                index_body_size=body_size,
+                image_capacity=capacity,
+            )
+        return self._description
 
 
 def arena_size(description: ImageDescription) -> int:
