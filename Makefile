@@ -15,7 +15,7 @@ BENCH_READY := $(VENV)/.ready-bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test crash check format bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -31,6 +31,10 @@ ifeq ($(strip $(ARGS)),)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+# Marked `crash` in the tests: the same promises as in `make test`, broken into a hundred times instead of five.
+crash: $(DEV_READY) ## the tests that take too long for make test: hundreds of kills, at random moments
+	$(BIN)/python -m pytest -m crash $(ARGS)
 
 check: $(DEV_READY) ## lint, format, types, layers
 	$(BIN)/python -m ruff check .

@@ -51,7 +51,8 @@ def make_async_checkpointer(
     Rank and world size as for :func:`make_sync_checkpointer`. ``subprocess_init_fn(*subprocess_init_args)`` runs first
     in the checkpoint process; then ``checkpoint_writer_init_fn(**checkpoint_writer_init_args)`` makes the writer there.
     Of ``config`` (the writer's configuration), ``rank_info``, ``barrier_class`` and ``barrier_args``, it gets those
-    that its signature names and that are not among its arguments. Functions and arguments have to be picklable.
+    that its signature names (the first two, if it takes any) and that are not among its arguments. Functions and
+    arguments have to be picklable.
 
     The configured barrier is made in the checkpoint process (``"tcp_store"`` costs an import of torch there);
     ``"dist_barrier"`` cannot work there: :class:`~lastgood.errors.ConfigError`.
@@ -91,12 +92,14 @@ def make_async_checkpointer(
 
 
 def _wanted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """Those of the offered arguments that the function's signature names."""
+    """Those of the offered arguments that the function's signature names; of one that takes any, the first two."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # built in, without a signature
         return {}
-    return {name: value for name, value in offered.items() if name in parameters}
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    named = [*offered][:2] if takes_any else []
+    return {name: value for name, value in offered.items() if name in parameters or name in named}
 
 
 def _current_rank_info() -> RankInfo:

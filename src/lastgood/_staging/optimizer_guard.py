@@ -40,7 +40,7 @@ class OptimizerGuard:
         def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             guarded = reference()
             staging = None if guarded is None else guarded.current
-            if staging is not None and staging.reads_any(_addresses(optimizer)):
+            if staging is not None and _is_read(optimizer, staging):
                 with _events.phase("hold", type(optimizer).__name__):
                     staging.wait()
 
@@ -50,6 +50,13 @@ class OptimizerGuard:
     def remove(self) -> None:
         """Let optimizers step freely again. May be called several times."""
         self._hook.remove()
+
+
+def _is_read(optimizer: torch.optim.Optimizer, staging: Staging) -> bool:
+    try:
+        return staging.reads_any(_addresses(optimizer))
+    except (RuntimeError, NotImplementedError):
+        return True  # sparse and distributed tensors: where their bytes are cannot be asked
 
 
 def _addresses(optimizer: torch.optim.Optimizer) -> set[int]:

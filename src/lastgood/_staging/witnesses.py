@@ -2,8 +2,9 @@
 
 Version counters catch what autograd knows of. Kernels that write past it (fused optimizers, batch normalisation,
 ``.data``) are caught by samples: SAMPLES lines of LINE bytes of each storage, evenly spaced from a random start. A
-change of a contiguous part of more than 1 / SAMPLES of a storage is always seen; one that touches a share f of the
-lines, spread at random, goes unseen with a probability of (1 - f) ** SAMPLES.
+change of a contiguous part of more than 1 / SAMPLES of a storage and a line is always seen; one that touches a share f
+of the lines, spread at random, goes unseen with a probability of (1 - f) ** SAMPLES. Of storages that are smaller than
+so many lines, every byte is compared.
 """
 
 import ctypes
@@ -40,7 +41,7 @@ class Witnesses:
             address, size = taken.addresses[number], taken.plan.sizes[number]
             if number in taken.device_parts:
                 continue  # its bytes cannot be looked at without waiting for the device
-            if full_check:
+            if full_check or size < SAMPLES * LINE:
                 self._checksums[number] = crc32(memory_at(address, size))
             else:
                 offsets = _sample_offsets(size)
