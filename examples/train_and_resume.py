@@ -1,6 +1,7 @@
 """A training that goes on where it was stopped. Run it, press Ctrl-C or kill it, and run it again.
 
-Three lines are about checkpoints; they are marked.
+Three lines are about checkpoints; they are marked. They are written in the background, by a process that finishes what
+it has been given when the training ends, however it ends.
 """
 
 import sys
@@ -14,7 +15,7 @@ model = torch.nn.Linear(16, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 step = 0
 
-checkpointer = lastgood.make_sync_checkpointer()  # 1
+checkpointer = lastgood.make_async_checkpointer()  # 1
 try:
     state = checkpointer.load(path)  # 2: verified, or an error that says what is damaged
     model.load_state_dict(state["model"])
@@ -34,4 +35,4 @@ while step < 1000:
     if step % 100 == 0:
         print(f"step {step}, loss {loss.item():.4f}")
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        checkpointer.save(path, state)  # 3: durable when it returns, and the one before is there until then
+        checkpointer.save(path, state)  # 3: of this moment, and the one before is there until it is durable

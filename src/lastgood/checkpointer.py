@@ -23,6 +23,7 @@ from lastgood.staging import CheckpointStager, CheckpointStagerConfig, DefaultSt
 from lastgood.types import STATE_DICT
 from lastgood.utils import wrap_future
 
+_MOMENT_SECS = 10.0
 _LONGEST_WRITE_SECS = 3600.0
 """How long a synchronous save waits for a writer of the user's own that returns a future."""
 
@@ -169,7 +170,18 @@ class AsyncCheckpointer(_ReadingCheckpointer):
             staged, written = self._begin(path, state_dict, kwargs)
             save = _Save(path, _observed(staged), _observed(written))
             self._saves.append(save)
+            self._keep_until_known(save)
         return save.staged, save.written
+
+    def _keep_until_known(self, save: _Save) -> None:
+        """A script may let go of its checkpointer, but then nobody would say at its exit that this save has failed."""
+        _unknown[save] = self
+
+        def forget(_: Future[None]) -> None:
+            if save.unfetched_failure() is None:
+                _unknown.pop(save, None)
+
+        save.written.add_done_callback(forget)
 
     def _begin(self, path: str, state_dict: STATE_DICT, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         stager = self._checkpoint_stager
@@ -200,6 +212,7 @@ class AsyncCheckpointer(_ReadingCheckpointer):
         ended = [save for save in self._saves if save.written.done()]
         for save in ended:
             self._saves.remove(save)
+            _unknown.pop(save, None)
             failure = save.unfetched_failure()
             if failure is not None:
                 raise failure
@@ -234,12 +247,19 @@ class AsyncCheckpointer(_ReadingCheckpointer):
             self._checkpoint_stager.close()
         finally:
             self._checkpoint_process.close()
+        # What the process knows reaches the futures a moment later.
+        concurrent.futures.wait([save.written for save in self._saves], _MOMENT_SECS)
+        for save in self._saves:
+            _unknown.pop(save, None)
         failures = [failure for save in self._saves if (failure := save.unfetched_failure()) is not None]
         for failure in failures[1:]:
             logger.error("another save failed, too: %s", failure)
         if failures:
             raise failures[0]
 
+
+_unknown: dict[_Save, AsyncCheckpointer] = {}
+"""The checkpointers of saves that have not ended yet, or whose failure nobody has asked for: kept until the exit."""
 
 _ONE_AT_A_TIME = CheckpointStagerConfig(use_non_blocking_copy=False)
 """For stagers of the user's own."""
@@ -273,5 +293,7 @@ def _close_at_exit(checkpointer: AsyncCheckpointer) -> None:
         except Exception:
             logger.exception("a save that nobody waited for failed; its checkpoint is not there")
 
-    reference = weakref.ref(checkpointer, lambda _: atexit.unregister(close))
+    reference = weakref.ref(checkpointer)
+    # Made first, so that this is called before all finalizers at exit: they must not meet threads that still work.
+    weakref.finalize(checkpointer, atexit.unregister, close).atexit = False
     atexit.register(close)

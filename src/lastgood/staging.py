@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -155,9 +156,9 @@ class DefaultStager(CheckpointStager):
         if self.config.use_async_staging:
             if self.config.hold_optimizers and self._guard is None:
                 self._guard = OptimizerGuard(self)
-            self._run_later(lambda: self._run(job, future))
+            self._run_later(partial(self._run_for, future, job))
         else:
-            self._run(job, future)
+            self._run_for(future, job)
         return future, attached
 
     def _take(self, state_dict: STATE_DICT) -> StagingJob:
@@ -179,18 +180,24 @@ class DefaultStager(CheckpointStager):
                 self._job = job
                 return job
 
-    def _run(self, job: StagingJob, future: "StagedState | None" = None) -> None:
+    def _run_for(self, future: "StagedState", job: StagingJob) -> None:
+        self._run(job)
+        future.resolve(job.error)
+        # A failure's traceback leads here: whoever keeps it must not keep the future, and so the arena.
+        del future
+
+    def _run(self, job: StagingJob) -> None:
         error: BaseException | None = None
         try:
             with _events.phase("stage", "the snapshot"):
                 size = job.prepare(self._planner)
-                job.arena = self._pool.make(size, job.arena)
+                # It is the pool's until it is ready: one that cannot be made ready is closed there.
+                arena, job.arena = job.arena, None
+                job.arena = self._pool.make(size, arena)
                 job.run()
         except BaseException as raised:
             error = raised
         self._finish(job, error)
-        if future is not None:
-            future.resolve(job.error)
 
     def _finish(self, job: StagingJob, error: BaseException | None) -> None:
         job.end(error)
@@ -209,7 +216,11 @@ class DefaultStager(CheckpointStager):
         def prepare() -> None:
             try:
                 with _events.phase("prewarm", "the snapshot"), self._taking:
-                    taken = self._planner.take(state_dict)
+                    # Not by the planner of a snapshot that waits behind this: it would take over these plain values.
+                    planner = Planner()
+                    taken = planner.take(state_dict)
+                    if self.current is None:
+                        self._planner = planner
                     arena = self._pool.make(arena_size(taken.plan.describe()), self._pool.find(taken.plan.number))
                     try:
                         lay_out(arena, taken)

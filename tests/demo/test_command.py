@@ -15,7 +15,7 @@ from lastgood.cli import app, main
 from lastgood.cli._demo.fingerprint import differences
 from lastgood.cli._demo.workspace import Workspace
 
-STEPS = 16
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def _figure(output: str, name: str) -> str:
-    found = re.search(rf"^\W*{re.escape(name)}\W+(\d+)", output, re.MULTILINE)
+    found = re.search(rf"^\W*{re.escape(name)}[^│\n]*\W+(\d+)", output, re.MULTILINE)
     assert found, name
     return found.group(1)
 
@@ -46,22 +46,28 @@ def test_the_killed_run_ends_with_the_bits_of_the_run_never_killed(shown: tuple[
     assert "identical, to the last bit" in output
 
 
-def test_the_kills_are_counted_and_one_was_in_the_middle_of_a_save(shown: tuple[Path, str]) -> None:
+def test_the_kills_are_counted_and_some_were_in_the_middle_of_a_save(shown: tuple[Path, str]) -> None:
     _, output = shown
     assert int(_figure(output, "kills survived")) >= 2
-    assert int(_figure(output, "of these in the middle of a save")) >= 1
+    assert int(_figure(output, "of these in the middle of a save")) >= 2
+    assert int(_figure(output, "of these between staged and durable")) >= 1
+    assert output.count("staged, not yet durable") == int(_figure(output, "of these between staged and durable"))
+    assert output.count("its checkpoint process finished") == int(_figure(output, "saves finished after"))
     assert int(_figure(output, "steps trained")) == STEPS
-    assert int(_figure(output, "checkpoints written")) >= STEPS // 2
+    # One that was there at the kill, but that its trainer had not told of any more, is not counted.
+    assert int(_figure(output, "checkpoints written")) >= STEPS // 2 - 2
     assert output.count("SIGKILL after step") == int(_figure(output, "kills survived"))
 
 
-def test_the_picture_marks_the_kills_and_only_the_last_checkpoints_are_left(shown: tuple[Path, str]) -> None:
+def test_the_picture_marks_the_kills_and_the_last_checkpoints_are_left_without_debris(shown: tuple[Path, str]) -> None:
     out, output = shown
     picture = ElementTree.parse(out / "loss.svg")
     kills = [element for element in picture.iter() if element.get("class") == "kill"]
     assert len(kills) == int(_figure(output, "kills survived"))
-    left = sorted(path.relative_to(out).as_posix() for path in (out / "checkpoints").rglob("*") if path.is_file())
-    assert left == [f"checkpoints/step-{step}/checkpoint_0.pt" for step in (STEPS - 4, STEPS - 2, STEPS)]
+    left = {path.relative_to(out / "checkpoints").as_posix() for path in (out / "checkpoints").rglob("*.*")}
+    # Older ones too, perhaps: a training that was killed when its last snapshot was staged has removed none for it.
+    assert left <= {f"step-{step}/checkpoint_0.pt" for step in range(2, STEPS + 1, 2)}
+    assert left >= {f"step-{step}/checkpoint_0.pt" for step in (STEPS - 4, STEPS - 2, STEPS)}
 
 
 def test_output_that_is_piped_has_no_control_characters(shown: tuple[Path, str]) -> None:

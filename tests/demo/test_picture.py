@@ -10,7 +10,7 @@ from lastgood.cli._demo.figures import Comparison, Part
 from lastgood.cli._demo.picture import draw
 from lastgood.cli._demo.protocol import Event, Resumed, StepDone
 from lastgood.cli._demo.screen import print_verdict, progress_of
-from lastgood.cli._demo.supervisor import Killed, Life
+from lastgood.cli._demo.supervisor import Killed, Landed, Life
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -22,9 +22,9 @@ def _life(first: int, last: int, killed: Killed | None = None) -> Life:
 
 REFERENCE = [_life(0, 40)]
 LIVES = [
-    _life(0, 12, Killed(12, in_save=False)),
-    _life(10, 20, Killed(20, in_save=True)),
-    _life(10, 22, Killed(22, in_save=False)),
+    _life(0, 12, Killed(12, "in a step")),
+    _life(10, 20, Killed(20, "in a save")),
+    _life(10, 22, Killed(22, "staged")),
     _life(20, 40),
 ]
 
@@ -39,7 +39,7 @@ def test_every_kill_has_a_mark_at_its_step() -> None:
     assert titles == [
         "kill 1, after step 12, in a step",
         "kill 2, after step 20, in a save",
-        "kill 3, after step 22, in a step",
+        "kill 3, after step 22, staged",
     ]
     places = [float(kill.find(SVG + "line").get("x1")) for kill in kills]
     assert (places[1] - places[0]) / (places[2] - places[1]) == pytest.approx(4.0, rel=0.01)
@@ -58,6 +58,15 @@ def test_both_curves_and_the_repeated_steps_are_drawn() -> None:
     assert len(_elements(picture, "rect", "life")) == 4
 
 
+def test_a_life_that_resumes_beyond_the_one_before_repeats_nothing() -> None:
+    # The checkpoint of step 20 landed when the second life had begun.
+    lives = [_life(0, 21, Killed(21, "staged")), _life(10, 15, Killed(15, "in a step")), _life(20, 40)]
+    picture = draw(REFERENCE, lives, title="late")
+    bands = [float(band.get("width")) for band in _elements(picture, "rect", "repeated")[1:]]
+    assert bands[0] == pytest.approx(5 * bands[1], rel=0.01)
+    assert bands[1] > 0
+
+
 def test_a_title_with_markup_stays_text() -> None:
     title = ElementTree.fromstring(draw(REFERENCE, REFERENCE, title='<script> & "quotes"')).findtext(SVG + "title")
     assert title == '<script> & "quotes"'
@@ -72,7 +81,7 @@ def test_a_flat_curve_can_be_drawn(loss: float) -> None:
 def _told(*, terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
     with progress_of(console, "killed", 40) as observe:
-        for event in (*LIVES[0].events, Killed(12, in_save=True), Resumed(10, 0.1, ("step-12 is [damaged]",))):
+        for event in (*LIVES[0].events, Killed(12, "staged"), Landed(12), Resumed(10, 0.1, ("step-12 is [damaged]",))):
             observe(event)
     return console.file.getvalue()
 
@@ -80,7 +89,8 @@ def _told(*, terminal: bool) -> str:
 def test_without_a_terminal_progress_is_plain_lines() -> None:
     assert _told(terminal=False).splitlines() == [
         "killed: step 8 of 40, loss 0.625",
-        "  SIGKILL after step 12, in the middle of a save",
+        "  SIGKILL after step 12, in the middle of a save: staged, not yet durable",
+        "  its checkpoint process finished the save of step 12",
         "  passed over: step-12 is [damaged]",
         "  resumed at step 10",
     ]

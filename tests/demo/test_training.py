@@ -1,20 +1,39 @@
 """The training script resumes to the bit, falls back past damage, and never deletes what it may still need."""
 
+import os
+import select
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from tests.demo.runs import Interrupted, interrupt_at, tiny_settings
+from tests.demo.runs import Interrupted, has_ended, interrupt_at, tiny_settings
+from tests.helpers.workers import PATIENCE_SECS
 
+from lastgood import _events
 from lastgood.cli._demo.comparison import compare
 from lastgood.cli._demo.fingerprint import differences, fingerprint
-from lastgood.cli._demo.protocol import Event, Finished, Resumed, SaveBegins, SaveDone, StepDone
-from lastgood.cli._demo.supervisor import Life
+from lastgood.cli._demo.kills import Kill
+from lastgood.cli._demo.protocol import (
+    Event,
+    Finished,
+    Resumed,
+    SaveBegins,
+    SaveDone,
+    SaveEvent,
+    SaveReturned,
+    Staged,
+    StepDone,
+)
+from lastgood.cli._demo.saves import held_back
+from lastgood.cli._demo.supervisor import Killed, Landed, Life, LostSaveError, run_to_the_end
 from lastgood.cli._demo.training import make_deterministic, train
 from lastgood.errors import LastgoodError
+from lastgood.storage.base import StorageLock
+from lastgood.storage.local import LocalStorage
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,10 +63,11 @@ def _names(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("moment", "step", "resumed_at"), [(StepDone, 1, 0), (StepDone, 5, 4), (SaveBegins, 6, 4), (SaveDone, 6, 6)]
+    ("moment", "step", "resumed_at"),
+    [(StepDone, 1, 0), (StepDone, 5, 4), (SaveBegins, 6, 4), (SaveReturned, 6, 6), (StepDone, 7, 6)],
 )
 def test_an_interrupted_training_ends_with_the_same_bits(
-    tmp_path: Path, unbroken: str, moment: type[StepDone | SaveBegins | SaveDone], step: int, resumed_at: int
+    tmp_path: Path, unbroken: str, moment: type[StepDone | SaveEvent], step: int, resumed_at: int
 ) -> None:
     before: list[Event] = []
     with pytest.raises(Interrupted):
@@ -94,6 +114,118 @@ def test_a_failing_save_deletes_nothing(tmp_path: Path) -> None:
     shutil.move(tmp_path / "step-8", tmp_path / "out-of-the-way")
     assert {"step-2", "step-4", "step-6"} <= set(_names(tmp_path))
     assert _run(tmp_path)[0].step == 6
+
+
+def _hold(step: int, directory: Path) -> StorageLock:
+    """Keeps every checkpoint process from writing the checkpoint of ``step``, as one that writes it would."""
+    lock = LocalStorage().try_lock(str(directory / f"step-{step}" / "checkpoint_0.pt"))
+    assert lock is not None
+    return lock
+
+
+def _hold(step: int, directory: Path) -> StorageLock:
+    """Keeps every checkpoint process from writing the checkpoint of ``step``, as another one at work there would."""
+    lock = LocalStorage().try_lock(str(directory / f"step-{step}" / "checkpoint_0.pt"))
+    assert lock is not None
+    return lock
+
+
+def test_an_old_checkpoint_is_removed_only_when_a_newer_one_is_durable(tmp_path: Path) -> None:
+    lock = _hold(8, tmp_path)
+    found = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, Staged) and event.step == 8:
+            found.extend(path.parent.name for path in tmp_path.glob("*/checkpoint_0.pt"))
+            lock.release()
+
+    train(tiny_settings(tmp_path), report)
+    assert sorted(found) == ["step-2", "step-4", "step-6"]
+    assert _names(tmp_path) == ["step-4", "step-6", "step-8"]
+
+
+def test_the_training_goes_on_while_a_save_waits_for_a_former_process_that_writes_the_same(tmp_path: Path) -> None:
+    lock = _hold(4, tmp_path)
+    events: list[Event] = []
+
+    def report(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StepDone) and event.step == 5:
+            lock.release()
+
+    train(tiny_settings(tmp_path), report)
+    order = [(type(event), event.step) for event in events if not isinstance(event, Finished)]
+    assert order.index((Staged, 4)) < order.index((SaveDone, 4))
+    assert order.index((StepDone, 5)) < order.index((SaveDone, 4))
+
+
+def test_every_save_is_told_of_and_is_durable_when_the_training_ends(tmp_path: Path) -> None:
+    events = _run(tmp_path)
+    for step in (2, 4, 6, 8):
+        saves = [event for event in events if isinstance(event, SaveEvent) and event.step == step]
+        assert [type(event) for event in saves[:2]] == [SaveBegins, SaveReturned]
+        assert {type(event) for event in saves[2:]} == {Staged, SaveDone}
+        assert all(event.nbytes > 0 for event in saves if isinstance(event, SaveDone))
+
+
+def test_steps_held_back_for_a_save_are_told_from_other_phases() -> None:
+    with held_back() as held:
+        for name in ("hold", "stage", "hold"):
+            with _events.phase(name, "AdamW"):
+                pass
+    with _events.phase("hold", "AdamW"):
+        pass
+    assert len(held) == 2
+
+
+def test_what_is_staged_is_finished_although_its_trainer_was_killed_and_started_again(
+    tmp_path: Path, unbroken: str
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    first, second = _hold(2, checkpoints), _hold(6, checkpoints)
+    writers: list[int] = []
+
+    def observe(event: Event | Killed | Landed) -> None:
+        if isinstance(event, Resumed):
+            assert event.checkpoint_process is not None
+            writers.append(os.pidfd_open(event.checkpoint_process))
+            if len(writers) == 3:
+                second.release()  # The former process still had all to do when this training chose where to resume.
+        elif isinstance(event, Killed) and len(writers) == 1:
+            first.release()
+            assert select.select(writers, [], [], PATIENCE_SECS)[0]
+
+    kills = [Kill(2, "staged", fraction=0.5), Kill(6, "staged", fraction=0.5)]
+    lives = run_to_the_end(tiny_settings(checkpoints), kills, tmp_path / "training.log", observe)
+    assert [life.killed and life.killed.moment for life in lives] == ["staged", "staged", None]
+    assert lives[0].landed == [2]
+    assert [life.first_step for life in lives] == [0, 2, 4]
+    last = lives[-1].events[-1]
+    assert isinstance(last, Finished)
+    assert last.fingerprint == unbroken
+    assert [has_ended(writer) for writer in writers] == [True, True, True]
+    assert _names(checkpoints) == ["step-4", "step-6", "step-8"]
+    assert {path.name for path in checkpoints.glob("*/*")} == {"checkpoint_0.pt"}
+
+
+def test_a_checkpoint_that_was_staged_and_does_not_land_is_no_secret(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    lock = _hold(2, checkpoints)
+    writers: list[int] = []
+
+    def observe(event: Event | Killed | Landed) -> None:
+        if isinstance(event, Resumed) and not writers:
+            assert event.checkpoint_process is not None
+            writers.append(os.pidfd_open(event.checkpoint_process))
+        elif isinstance(event, Killed):
+            signal.pidfd_send_signal(writers[0], signal.SIGKILL)
+            assert select.select(writers, [], [], PATIENCE_SECS)[0]
+            lock.release()
+
+    kills = [Kill(2, "staged", fraction=0.5)]
+    with pytest.raises(LostSaveError, match="step 2 was staged"):
+        run_to_the_end(tiny_settings(checkpoints), kills, tmp_path / "training.log", observe)
+    assert has_ended(writers[0])
 
 
 def test_a_fingerprint_sees_one_bit_anywhere_and_nothing_else() -> None:

@@ -360,7 +360,7 @@ class ProcessLink:
         said = f" The last it said:\n{output}" if output else ""
 
         def as_error(path: str | None) -> Exception:
-            lost = "" if path is None else f" The save to {path} failed; earlier checkpoints are untouched, and"
+            lost = "" if path is None else f" The save to {path} failed; earlier checkpoints are untouched, and the"
             text = f"{message}{lost or ' The'} next save starts a new process.{said}"
             if of_type is SaveTimeoutError:
                 return SaveTimeoutError(text, path=path)

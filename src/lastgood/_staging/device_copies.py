@@ -17,11 +17,11 @@ from lastgood._staging.arena import Arena
 class Runtime(Protocol):
     """What is used of a device's module, such as ``torch.cuda``."""
 
-    def Stream(self) -> Any: ...
+    def Stream(self, device: torch.device) -> Any: ...
 
     def Event(self) -> Any: ...
 
-    def current_stream(self) -> Any: ...
+    def current_stream(self, device: torch.device) -> Any: ...
 
     def stream(self, stream: Any) -> Any: ...
 
@@ -34,12 +34,12 @@ def runtime_of(device: torch.device) -> Any:
 class DeviceCopies:
     """The copies of one snapshot from one device; make it in the thread that asks for the snapshot."""
 
-    def __init__(self, runtime: Runtime, *, non_blocking: bool) -> None:
+    def __init__(self, runtime: Runtime, device: torch.device, *, non_blocking: bool) -> None:
         self._runtime = runtime
         self._non_blocking = non_blocking
         self._called = runtime.Event()
-        self._called.record(runtime.current_stream())
-        self._side = runtime.Stream()
+        self._called.record(runtime.current_stream(device))
+        self._side = runtime.Stream(device)
 
     def copy(self, sources: list[torch.Tensor], targets: list[memoryview]) -> None:
         """Copy bytes into host memory, many small ones in one call; returns when they have arrived."""

@@ -50,13 +50,15 @@ class StagingJob:
         options: StagingOptions,
         give_back: Callable[[Arena | None, bool], None],
     ) -> None:
-        self.snapshot = Snapshot(lambda reusable: give_back(self.arena, reusable))
+        # Where copies have been given up, they may still write to it: it lives as long as their threads.
+        self.snapshot = Snapshot(lambda reusable: give_back(None if self._gave_up_copies else self.arena, reusable))
         self.arena = arena
         self.error: BaseException | None = None
         self._state: STATE_DICT | None = state
         self._options = options
         self._over = threading.Event()
         self._timed_out = False
+        self._gave_up_copies = False
         self._private: tuple[bytearray, list[int]] | None = None
         self._take(taken)
         self._copy_early()
@@ -66,7 +68,7 @@ class StagingJob:
         self._early = taken.plan.early
         self._late_small = taken.plan.late_small
         self._devices = {
-            device: DeviceCopies(runtime_of(device), non_blocking=self._options.non_blocking)
+            device: DeviceCopies(runtime_of(device), device, non_blocking=self._options.non_blocking)
             for device in {part.device for part in taken.device_parts.values()}
         }
         late = [*self._late_small.numbers, *taken.plan.large]
@@ -148,6 +150,7 @@ class StagingJob:
         )
 
         def timed_out() -> StagingError:
+            self._gave_up_copies = True
             return StagingError(
                 f"no piece of {path} was copied for {self._options.timeout_secs:g} s; it was given up. Is the machine "
                 "swapping, or are the tensors mapped from a file that cannot be read?",
@@ -169,10 +172,11 @@ class StagingJob:
     ) -> None:
         position, (number, start, size) = task
         assert self.arena is not None  # run() has checked
-        target = self.arena.address + self._taken.plan.offsets[number]
-        part = self._taken.device_parts.get(number)
+        taken = self._taken  # keeps the memory alive, should this copy be given up and go on all the same
+        target = self.arena.address + taken.plan.offsets[number]
+        part = taken.device_parts.get(number)
         if part is None:
-            copy_memory(target + start, self._taken.addresses[number] + start, size)
+            copy_memory(target + start, taken.addresses[number] + start, size)
         else:
             self._devices[part.device].copy([part[start : start + size]], [memory_at(target + start, size)])
         if remaining.last_of(number):
@@ -193,6 +197,9 @@ class StagingJob:
             self.snapshot.placed.set_exception(error)
         # Training goes on before the writer has been told, which may have to wait.
         self._state = None
+        # Nor may the tensors live until they are written: they are the user's memory, and whoever lets go of them last
+        # must not be a thread that the end of the interpreter finds in the middle of that (torch aborts then).
+        del self._taken, self._witnesses
         self._over.set()
         self.snapshot.report_end(error)
 

@@ -27,6 +27,9 @@ _CHECKED_AT_ONCE = 20_000
 """With more tensors than this, their properties are compared with the plan's while the snapshot is being staged:
 reading a property of 100,000 tensors takes some 20 ms."""
 
+_LARGEST_ELEMENT = 16
+"""Of any dtype, in bytes. One that stands alone may have any stride."""
+
 _BATCH = 2_000
 """How many tensors are asked for one property without letting another thread run."""
 
@@ -260,6 +263,7 @@ class _Matchable:
         self._spans = spans
         self._span_tensors = Selection([span.tensor for span in spans], [0] * len(structure.tensor_nodes))
         self._span_starts = [span.before for span in spans]
+        self._wide_spans = [span for span in spans if span.size > facts.nbytes[span.tensor]]
         large = frozenset([*plan.large, *plan.late_small.numbers])
         self._tensors_on_large: list[tuple[int, int]] = [
             (position, node.storage) for position, node in enumerate(structure.tensor_nodes) if node.storage in large
@@ -299,7 +303,7 @@ class _Matchable:
                 return None
             unchecked = tensors
         starts = _pointers(tensors)
-        if starts is None:
+        if starts is None or (unchecked is not None and not self._can_be_read(tensors, starts)):
             return None
         # Addresses of empty storages mean nothing, and are not looked at.
         addresses = list(map(operator.sub, self._span_tensors.of(starts), self._span_starts))
@@ -311,7 +315,22 @@ class _Matchable:
         for position, storage in self._tensors_on_large:
             watched.setdefault(storage, []).append(tensors[position])
         self._exchange(leaves.plain)
-        return Taken(self._plan, addresses, parts, watched, tensors, unchecked)
+        # A tensor may let go of its storage while that is read: `x.data = y` does.
+        storages = [tensors[self._spans[number].tensor].untyped_storage() for number in watched]
+        return Taken(self._plan, addresses, parts, watched, (tensors, storages), unchecked)
+
+    def _can_be_read(self, tensors: list[torch.Tensor], starts: list[int]) -> bool:
+        """Whether there is memory wherever tensors are read that are compared with the plan only later."""
+        storage_offsets = _read(tensors, torch.Tensor.storage_offset)
+        for tensor, start, offset, size in zip(tensors, starts, storage_offsets, self.facts.nbytes, strict=True):
+            if size and (not start or (offset and not tensor.untyped_storage().nbytes())):
+                return False  # the storage was freed
+        for span in self._wide_spans:
+            storage = tensors[span.tensor].untyped_storage()
+            begin = starts[span.tensor] - span.before - storage.data_ptr()
+            if not 0 <= begin <= storage.nbytes() - span.size:
+                return False
+        return True
 
     def _exchange(self, plain: list[Any]) -> None:
         encoded = plain_bytes(plain)
@@ -336,8 +355,8 @@ class _Facts(msgspec.Struct):
 
     properties: list[list[Any]]
     shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]
-    """Shape and strides of those of two and more dimensions, or that are not contiguous: of the others, bytes, dtype
-    and number of dimensions say as much, and reading them takes a fraction of the time."""
+    """Shape and strides of those of two and more dimensions, of one element or none, or that are not contiguous: of the
+    others, bytes, dtype and number of dimensions say as much, and reading them takes a fraction of the time."""
 
     storages: list[int]
     offsets: list[int]
@@ -352,6 +371,7 @@ class _Facts(msgspec.Struct):
             return (
                 self.all_contiguous
                 and all(map(torch.Tensor.is_contiguous, tensors))
+                and _read(tensors, _device) == self.properties[_READERS.index(_device)]
                 and list(map(_nbytes, tensors)) == self.nbytes
                 and _repeats(tensors) == self.repeats
             )
@@ -360,13 +380,14 @@ class _Facts(msgspec.Struct):
 
 
 _nbytes = attrgetter("nbytes")
+_device = attrgetter("device")
 _READERS: list[Any] = [
     attrgetter("dtype"),
     torch.Tensor.dim,
     torch.Tensor.is_contiguous,
     attrgetter("requires_grad"),
     torch.Tensor.is_neg,
-    attrgetter("device"),
+    _device,
 ]
 if hasattr(torch.Tensor, "has_names"):
     _READERS.append(torch.Tensor.has_names)  # type: ignore[attr-defined]
@@ -387,8 +408,8 @@ def _facts(tensors: Sequence[torch.Tensor]) -> _Facts | None:
             properties.append(_read(tensors, torch.Tensor.is_conj))
         shapes = [
             (tuple(tensor.shape), tensor.stride())
-            for tensor, dimension, is_contiguous in zip(tensors, dimensions, contiguous, strict=True)
-            if dimension > 1 or not is_contiguous
+            for tensor, dimension, is_contiguous, size in zip(tensors, dimensions, contiguous, nbytes, strict=True)
+            if dimension > 1 or not is_contiguous or (dimension == 1 and size <= _LARGEST_ELEMENT)
         ]
         storage_nbytes = _read(storages, torch.UntypedStorage.nbytes)
     except (RuntimeError, NotImplementedError):

@@ -30,7 +30,8 @@ _PLAIN_TYPES = frozenset({type(None), bool, int, float, str})
 _FIXED_TYPES = frozenset({bytes, torch.Size, torch.dtype, torch.device})
 """Immutable values whose pickle depends on what stands before it: another value needs another pickle."""
 
-_KEY_TYPES = _PLAIN_TYPES | {bytes}
+_KEY_TYPES = (_PLAIN_TYPES - {float}) | {bytes}
+"""Of these, equal keys of one type have one pickle: 0.0 and -0.0 do not."""
 
 _Items = list[Any] | tuple[Any, ...]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 def demo(
     steps: Annotated[int, typer.Option(min=2, help="How many steps to train.")] = 200,
-    kills: Annotated[int, typer.Option(min=0, help="How often to kill the training; about half during a save.")] = 5,
+    kills: Annotated[int, typer.Option(min=0, help="How often to kill the training; most often during a save.")] = 5,
     out: Annotated[Path, typer.Option(help="Directory for checkpoints, log and picture.")] = Path("lastgood-demo"),
     seed: Annotated[
         int | None, typer.Option(help="Draw weights and kills from this seed [default: a random one].")
@@ -18,6 +18,8 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the checkpoints in the directory.")] = False,
 ) -> None:
     """Train a small GPT, kill it with SIGKILL at random moments, resume, and compare with a run never killed.
+
+    It saves in the background. What is staged when it is killed is still written, by its checkpoint process.
 
     Takes about two minutes on two cores. Exits with status 1 if the two runs differ in a single bit.
     """

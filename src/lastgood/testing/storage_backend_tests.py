@@ -64,6 +64,9 @@ def running(*jobs: Callable[[], None]) -> Iterator[None]:
 class StorageBackendTests:
     """Inherit, name the class ``Test...`` and override :meth:`make_backend`; every test gets a new backend."""
 
+    has_locks = True
+    """Set it to ``False`` for a backend whose locks keep nobody apart."""
+
     def make_backend(self, tmp_path: Path) -> tuple[StorageBackend, str]:
         """A backend, and the path of a place in it that is empty, or not there yet, and used by nobody else."""
         raise NotImplementedError
@@ -250,6 +253,65 @@ class StorageBackendTests:
             self.storage.open(self.path("missing"))
         assert self.path("missing") in str(caught.value)
         assert caught.value.path == self.path("missing")
+
+    def test_a_lock_keeps_others_out_until_it_is_released(self) -> None:
+        lock = self.storage.try_lock(self.path("directory/that/is/new/file"))
+        assert lock is not None
+        again = self.storage.try_lock(self.path("directory/that/is/new/file"))
+        assert (again is None) == self.has_locks
+        lock.release()
+        for _ in range(3):
+            lock = self.storage.try_lock(self.path("directory/that/is/new/file"))
+            assert lock is not None
+            lock.release()
+
+    def test_a_lock_may_be_released_twice_and_is_that_of_its_next_holder_then(self) -> None:
+        first = self.storage.try_lock(self.path("file"))
+        assert first is not None
+        first.release()
+        second = self.storage.try_lock(self.path("file"))
+        assert second is not None
+        first.release()
+        assert (self.storage.try_lock(self.path("file")) is None) == self.has_locks
+        second.release()
+
+    def test_a_lock_is_of_one_file_and_no_file_itself(self) -> None:
+        self.storage.put(self.path("file"), _OLD)
+        locks = [self.storage.try_lock(self.path(name)) for name in ("file", "other")]
+        assert None not in locks
+        assert self.storage.list(self.root) == ["file"]
+        assert not self.storage.exists(self.path("other"))
+        assert read_all(self.storage, self.path("file")) == _OLD
+        self.storage.put(self.path("file"), b"new")
+        for lock in locks:
+            assert lock is not None
+            lock.release()
+        assert self.storage.list(self.root) == ["file"]
+        assert read_all(self.storage, self.path("file")) == b"new"
+
+    def test_of_many_who_ask_for_a_lock_exactly_one_at_a_time_has_it(self) -> None:
+        if not self.has_locks:
+            pytest.skip("this backend has no locks")
+        inside: list[int] = []
+        most: list[int] = []
+
+        def work(number: int) -> None:
+            had = 0
+            while had < 20:
+                lock = self.storage.try_lock(self.path("file"))
+                if lock is None:
+                    continue
+                inside.append(number)
+                most.append(len(inside))
+                had += 1
+                inside.remove(number)
+                lock.release()
+
+        with running(*(partial(work, number) for number in range(4))):
+            pass
+        assert len(most) == 80
+        assert max(most) == 1
+        assert self.storage.list(self.root) == []
 
     def test_exists(self) -> None:
         assert not self.storage.exists(self.path("directory"))

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from html import escape
-from itertools import pairwise
 
+from lastgood.cli._demo.figures import repeated_spans
 from lastgood.cli._demo.protocol import StepDone
 from lastgood.cli._demo.supervisor import Life
 
@@ -124,8 +124,8 @@ def _curves(lives: list[Life], across: _Scale, up: _Scale, kind: str) -> list[st
 
 def _repeated(lives: list[Life], across: _Scale) -> list[str]:
     bands = []
-    for before, after in pairwise(lives):
-        start, end = across(after.first_step), across(before.last_step)
+    for first, last in repeated_spans(lives):
+        start, end = across(first), across(last)
         bands.append(
             f'<rect class="repeated" x="{start}" y="{_CURVE_TOP}" width="{round(end - start, 2)}" '
             f'height="{_CURVE_BOTTOM - _CURVE_TOP}"/>'
@@ -141,7 +141,7 @@ def _kills(lives: list[Life], across: _Scale) -> list[str]:
         if not life.killed:
             continue
         x, y = across(life.killed.last_step), _CURVE_TOP - 8
-        where = "in a save" if life.killed.in_save else "in a step"
+        where = life.killed.moment
         marks.append(
             f'<g class="kill"><title>kill {number}, after step {life.killed.last_step}, {where}</title>'
             f'<line x1="{x}" x2="{x}" y1="{y + 8}" y2="{bottom}"/>'
@@ -155,16 +155,14 @@ def _kills(lives: list[Life], across: _Scale) -> list[str]:
 
 def _lives(lives: list[Life], across: _Scale) -> list[str]:
     parts = [f'<text class="small" x="{_LEFT}" y="{_LIVES_TOP - 8}">each process, from the step it resumed at</text>']
-    furthest = 0
-    for row, life in enumerate(lives):
+    spans = [(lives[0].first_step, lives[0].first_step), *repeated_spans(lives)]
+    for row, (life, (first, again)) in enumerate(zip(lives, spans, strict=True)):
         y = _LIVES_TOP + row * _ROW + 4
-        first, last = life.first_step, life.last_step
-        again = min(max(furthest, first), last)
+        last = life.last_step
         if again > first:
             parts.append(_bar("again", across(first), across(again), y))
         parts.append(_bar("life", across(again), across(last), y))
         parts.append(f'<text class="small" x="{_LEFT - 8}" y="{y + 10}" text-anchor="end">{row + 1}</text>')
-        furthest = max(furthest, last)
     return parts
 
 

@@ -75,6 +75,10 @@ class TrainingProcess:
         line, _, self._unread = self._unread.partition(b"\n")
         return decode(line)
 
+    def has_more(self) -> bool:
+        """Whether :meth:`next_event` would not wait."""
+        return b"\n" in self._unread or bool(select.select([self._pipe], [], [], 0.0)[0])
+
     @property
     def pid(self) -> int:
         """The number of the child, which is its until :meth:`wait_for_end` or the end of the ``with`` block."""

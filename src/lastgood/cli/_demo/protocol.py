@@ -27,29 +27,48 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Resumed(msgspec.Struct, frozen=True, tag=True):
-    """The training stands at ``step``: 0 for a fresh start. ``passed_over`` says which checkpoints would not load."""
+    """The training stands at ``step``: 0 for a fresh start. ``passed_over`` says which checkpoints would not load.
+
+    ``checkpoint_process`` is the number of the process that writes this training's checkpoints.
+    """
 
     step: int
     seconds: float
     passed_over: tuple[str, ...] = ()
+    checkpoint_process: int | None = None
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):
-    """One optimizer step is over."""
+    """One optimizer step is over. In ``held_seconds`` of its ``seconds`` it waited until a snapshot was staged."""
 
     step: int
     loss: float
     seconds: float
+    held_seconds: float = 0.0
 
 
 class SaveBegins(msgspec.Struct, frozen=True, tag=True):
-    """The training stands still from here on, until :class:`SaveDone`."""
+    """The state of ``step`` is about to be saved. All times of this save count from here on."""
 
     step: int
 
 
+class SaveReturned(msgspec.Struct, frozen=True, tag=True):
+    """The training goes on, after ``seconds``."""
+
+    step: int
+    seconds: float
+
+
+class Staged(msgspec.Struct, frozen=True, tag=True):
+    """The checkpoint survives the death of the training process from now on."""
+
+    step: int
+    seconds: float
+
+
 class SaveDone(msgspec.Struct, frozen=True, tag=True):
-    """The checkpoint of ``step`` is durable; the training stood still for ``seconds``."""
+    """The checkpoint is durable."""
 
     step: int
     seconds: float
@@ -62,7 +81,8 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     fingerprint: str
 
 
-Event: TypeAlias = Resumed | StepDone | SaveBegins | SaveDone | Finished
+SaveEvent: TypeAlias = SaveBegins | SaveReturned | Staged | SaveDone
+Event: TypeAlias = Resumed | StepDone | SaveEvent | Finished
 
 _decoder = msgspec.json.Decoder(Event)
 

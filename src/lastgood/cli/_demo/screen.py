@@ -7,12 +7,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lastgood.cli._demo.figures import Comparison, Figures
+from lastgood.cli._demo.figures import Comparison, Figures, Spread
+from lastgood.cli._demo.kills import Moment
 from lastgood.cli._demo.protocol import Event, Resumed, StepDone
-from lastgood.cli._demo.supervisor import Killed, Observer
+from lastgood.cli._demo.supervisor import Killed, Landed, Observer
 
 _PLAIN_LINES_A_RUN = 5
 _PATHS_SHOWN = 10
+_WHERE: dict[Moment, str] = {
+    "in a step": "",
+    "in a save": ", in the middle of a save",
+    "staged": ", in the middle of a save: staged, not yet durable",
+}
 
 
 @contextmanager
@@ -32,7 +38,7 @@ def progress_of(console: Console, name: str, steps: int) -> Iterator[Observer]:
     with bar:
         task = bar.add_task(name, total=steps, loss="starting")
 
-        def observe(event: Event | Killed) -> None:
+        def observe(event: Event | Killed | Landed) -> None:
             match event:
                 case StepDone():
                     bar.update(task, completed=event.step, loss=f"loss {event.loss:.3f}")
@@ -48,7 +54,7 @@ def progress_of(console: Console, name: str, steps: int) -> Iterator[Observer]:
 def _plain_observer(console: Console, name: str, steps: int) -> Observer:
     every = max(1, steps // _PLAIN_LINES_A_RUN)
 
-    def observe(event: Event | Killed) -> None:
+    def observe(event: Event | Killed | Landed) -> None:
         if isinstance(event, StepDone) and event.step % every == 0:
             console.print(f"{name}: step {event.step} of {steps}, loss {event.loss:.3f}", highlight=False)
         _tell_of_life_and_death(console, event)
@@ -56,10 +62,13 @@ def _plain_observer(console: Console, name: str, steps: int) -> Observer:
     return observe
 
 
-def _tell_of_life_and_death(console: Console, event: Event | Killed) -> None:
+def _tell_of_life_and_death(console: Console, event: Event | Killed | Landed) -> None:
     if isinstance(event, Killed):
-        where = ", in the middle of a save" if event.in_save else ""
-        console.print(f"  SIGKILL after step {event.last_step}{where}", style="red", highlight=False)
+        console.print(f"  SIGKILL after step {event.last_step}{_WHERE[event.moment]}", style="red", highlight=False)
+    elif isinstance(event, Landed):
+        console.print(
+            f"  its checkpoint process finished the save of step {event.step}", style="green", highlight=False
+        )
     elif isinstance(event, Resumed):
         for reason in event.passed_over:
             console.print(f"  passed over: {reason}", style="yellow", highlight=False, markup=False)
@@ -75,20 +84,27 @@ def figures_table(figures: Figures) -> Table:
     rows = [
         ("kills survived", f"{figures.kills}"),
         ("of these in the middle of a save", f"{figures.kills_in_save}"),
+        ("of these between staged and durable", f"{figures.kills_after_staging}"),
+        ("saves finished after the trainer's death", f"{figures.landed_after_kill}"),
         ("steps trained", f"{figures.steps}"),
         ("steps lost to kills, and done again", f"{figures.steps_repeated}"),
         ("damaged checkpoints passed over", f"{figures.passed_over}"),
         ("checkpoints written", f"{figures.checkpoints}"),
         ("size of a checkpoint", f"{figures.checkpoint_bytes / 1e6:.1f} MB"),
-        ("training stood still for a save: median", f"{figures.stall_median_seconds * 1e3:.1f} ms"),
-        ("longest", f"{figures.stall_max_seconds * 1e3:.1f} ms"),
+        ("training stood still for a save: median, longest", _spread(figures.stall)),
         ("share of the training time", f"{figures.stall_share:.2%}"),
+        ("from save to staged: median, longest", _spread(figures.staging)),
+        ("from save to durable: median, longest", _spread(figures.durable)),
         ("loading the last good checkpoint: median", f"{figures.load_median_seconds * 1e3:.1f} ms"),
         ("from start of process to resumed: median", f"{figures.restart_median_seconds:.1f} s"),
     ]
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _spread(times: Spread) -> str:
+    return f"{times.median * 1e3:.1f}, {times.longest * 1e3:.1f} ms"
 
 
 def comparison_table(comparison: Comparison) -> Table:

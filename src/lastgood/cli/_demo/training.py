@@ -3,18 +3,20 @@
 Read :func:`train`. What it takes to lose nothing but the steps since the last checkpoint:
 
 - one object knows everything that changes while training, and gives it as a state dict (:class:`Training`);
-- ``checkpointer.save(path, state)`` every few steps: when it returns, that checkpoint survives even a power cut;
+- ``checkpointer.save(path, state)`` every few steps: the training goes on at once, and another process writes. What is
+  staged survives the death of this process, and what is durable even a power cut;
 - ``checkpointer.load(path)`` at the start, for the newest checkpoint that is good;
-- an old checkpoint is removed only once a newer one is durable.
+- an old checkpoint is removed only once a newer one is durable;
+- ``checkpointer.close()`` at the end, which waits for what is still being written.
 
 The script reports what it does on its standard output, for the demo that started it.
 """
 
-import re
-import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +26,50 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lastgood import (
-    Checkpointer,
+    AsyncCheckpointer,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     UnsafeCheckpointError,
-    make_sync_checkpointer,
+    make_async_checkpointer,
 )
 from lastgood.cli._demo.batches import Batches
 from lastgood.cli._demo.corpus import read_corpus
+from lastgood.cli._demo.directories import step_directories
 from lastgood.cli._demo.fingerprint import fingerprint
 from lastgood.cli._demo.model import GPT
-from lastgood.cli._demo.protocol import Event, Finished, Resumed, SaveBegins, SaveDone, Settings, StepDone, encode
+from lastgood.cli._demo.protocol import Event, Finished, Resumed, Settings, StepDone, encode
+from lastgood.cli._demo.saves import Saves, held_back
 
 _LEARNING_RATE = 2e-3
-_STEP_NAME = re.compile(r"step-(\d+)")
 
 
 def train(settings: Settings, report: Callable[[Event], None]) -> None:
-    """Train until all steps are done, from the newest good checkpoint if there is one."""
+    """Train until all steps are done, from the newest good checkpoint if there is one.
+
+    ``report`` is called by several threads.
+    """
     directory = Path(settings.checkpoints)
-    checkpointer = make_sync_checkpointer()
-    training = Training(settings)
-    report(resume(training, checkpointer, directory))
+    with closing(make_async_checkpointer()) as checkpointer:
+        training = Training(settings)
+        resumed = resume(training, checkpointer, directory)
+        report(resumed)
+        saves = Saves(checkpointer, directory, keep=settings.keep, report=report)
 
-    while training.step < settings.steps:
-        started = time.perf_counter()
-        loss = training.take_step()
-        report(StepDone(training.step, loss, time.perf_counter() - started))
-
-        if training.step % settings.save_every == 0 or training.step == settings.steps:
-            path = directory / f"step-{training.step}"
-            report(SaveBegins(training.step))
+        while training.step < settings.steps:
             started = time.perf_counter()
-            checkpointer.save(str(path), training.state_dict())
-            report(SaveDone(training.step, time.perf_counter() - started, size_of(path)))
-            remove_old(directory, settings.keep)
+            with held_back() as held:
+                loss = training.take_step()
+            report(StepDone(training.step, loss, time.perf_counter() - started, sum(held)))
 
-    checkpointer.close()
+            if training.step == resumed.step + 1:
+                # Now that the optimizer has its state, too. Should this fail, the save will say so.
+                checkpointer.prewarm(training.state_dict())
+            if training.step % settings.save_every == 0 or training.step == settings.steps:
+                saves.begin(training.step, training.state_dict())
+            saves.look()
+
+        checkpointer.close()
+        saves.finish()
     report(Finished(fingerprint(training.state_dict())))
 
 
@@ -75,12 +84,8 @@ class Training:
         self.batches = Batches(
             read_corpus(), size=settings.batch_size, length=settings.model.context, seed=settings.seed
         )
-        self.losses: list[float] = []
-
-    @property
-    def step(self) -> int:
-        """How many steps have been taken."""
-        return len(self.losses)
+        self.step = 0
+        self.losses = torch.zeros(settings.steps, dtype=torch.float64)
 
     def take_step(self) -> float:
         """Learn from the next batch, and return the loss before that."""
@@ -90,8 +95,9 @@ class Training:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.scheduler.step()
-        self.losses.append(loss.item())
-        return self.losses[-1]
+        self.losses[self.step] = loss.item()
+        self.step += 1
+        return loss.item()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state. Dropout draws from torch's generator, so its state belongs here as much as the weights."""
@@ -100,7 +106,10 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "batches": self.batches.state_dict(),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "step": self.step,
+            # A copy: the next steps write into it while it is being saved. (Optimizers wait by themselves.) It has the
+            # same size from the start, so that what was worked out for one save serves for the next.
+            "losses": self.losses.clone(),
             "random": torch.get_rng_state(),
         }
 
@@ -110,18 +119,21 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.batches.load_state_dict(state["batches"])
-        self.losses = state["losses"].tolist()
+        self.step = state["step"]
+        self.losses = state["losses"]
         torch.set_rng_state(state["random"])
 
 
-def resume(training: Training, checkpointer: Checkpointer, directory: Path) -> Resumed:
+def resume(training: Training, checkpointer: AsyncCheckpointer, directory: Path) -> Resumed:
     """Load the newest checkpoint that is whole; those that are not are passed over, and named in the report.
 
-    A save that was killed has left no checkpoint, or the one it was about to replace: nothing to repair here.
+    A save that was killed has left no checkpoint, or the one it was about to replace: nothing to repair here. It may
+    even still be written, by the checkpoint process of the training that was killed: then either is good. This
+    training does the same steps again, and its own save to that path waits until the other is over.
     """
     started = time.perf_counter()
     passed_over: list[str] = []
-    for path in reversed(step_directories(directory)):
+    for path in reversed(step_directories(directory).values()):
         try:
             training.load_state_dict(checkpointer.load(str(path)))
         except CheckpointNotFoundError:
@@ -130,29 +142,15 @@ def resume(training: Training, checkpointer: Checkpointer, directory: Path) -> R
             passed_over.append(str(error))
         else:
             break
-    return Resumed(training.step, time.perf_counter() - started, tuple(passed_over))
+    seconds = time.perf_counter() - started
+    return Resumed(training.step, seconds, tuple(passed_over), checkpoint_process=_writer_of(checkpointer))
 
 
-def step_directories(directory: Path) -> list[Path]:
-    """The directories of the steps in rising order. ``step-20.backup`` is somebody else's."""
-    found = []
-    for path in directory.iterdir() if directory.is_dir() else ():
-        name = _STEP_NAME.fullmatch(path.name)
-        if name:
-            found.append((int(name.group(1)), path))
-    return [path for _, path in sorted(found)]
-
-
-def remove_old(directory: Path, keep: int) -> None:
-    """Leave the newest ``keep`` checkpoints. Call this only after a save has returned: the newest is durable then."""
-    saved = [path for path in step_directories(directory) if size_of(path) > 0]
-    for path in saved[:-keep]:
-        shutil.rmtree(path)
-
-
-def size_of(path: Path) -> int:
-    """The bytes of the checkpoint in a step's directory; 0 if a killed save has left none."""
-    return sum(file.stat().st_size for file in path.glob("checkpoint_*.pt"))
+def _writer_of(checkpointer: AsyncCheckpointer) -> int | None:
+    """The number of the process that writes: no training needs it, but the demo waits for its end."""
+    process = checkpointer._checkpoint_process
+    process.process_creation_future.result()
+    return None if process.process is None else process.process.processes[0].pid
 
 
 def make_deterministic() -> None:
@@ -169,9 +167,12 @@ def main() -> None:
     """The process that the demo starts, and kills."""
     settings = msgspec.json.decode(sys.argv[1], type=Settings)
 
+    one_at_a_time = threading.Lock()
+
     def report(event: Event) -> None:
-        sys.stdout.buffer.write(encode(event))
-        sys.stdout.buffer.flush()
+        with one_at_a_time:
+            sys.stdout.buffer.write(encode(event))
+            sys.stdout.buffer.flush()
 
     make_deterministic()
     train(settings, report)
