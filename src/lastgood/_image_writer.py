@@ -7,6 +7,7 @@ storage can write them without the page cache.
 import queue
 import secrets
 import threading
+from collections.abc import Callable
 
 from lastgood import _events
 from lastgood.errors import StorageError
@@ -38,10 +39,27 @@ def write_durably(
     with :class:`~lastgood.errors.StorageError`, here and in the calls on what comes back; and a call of ``abort``
     there, after one of ``commit`` that went well, does nothing.
     """
-    upload = StorageInTime(storage, no_progress_timeout_secs).begin(path, image.size)
+
+    def write(upload: StreamedWrite) -> None:
+        write_image(image, upload, path, no_progress_timeout_secs=no_progress_timeout_secs)
+
+    return write_file(image.size, write, storage, path, rank=rank, no_progress_timeout_secs=no_progress_timeout_secs)
+
+
+def write_file(
+    size: int,
+    write: Callable[[StreamedWrite], None],
+    storage: StorageBackend,
+    path: str,
+    *,
+    rank: int | None,
+    no_progress_timeout_secs: float,
+) -> StreamedWrite:
+    """:func:`write_durably` for a file of ``size`` bytes that ``write`` fills."""
+    upload = StorageInTime(storage, no_progress_timeout_secs).begin(path, size)
     try:
-        with _events.phase("write", path, rank=rank, nbytes=image.size):
-            write_image(image, upload, path, no_progress_timeout_secs=no_progress_timeout_secs)
+        with _events.phase("write", path, rank=rank, nbytes=size):
+            write(upload)
         with _events.phase("fsync", path, rank=rank):
             upload.make_durable()
     except BaseException:

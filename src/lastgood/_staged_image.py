@@ -3,14 +3,12 @@
 import threading
 import time
 
-from lastgood import _events
-from lastgood._image_writer import PIECE_SIZE, WRITER_THREADS, PieceWriters
+from lastgood._image_writer import PIECE_SIZE, WRITER_THREADS, PieceWriters, write_file
 from lastgood._snapshot import ImageDescription, read_layout
 from lastgood.errors import StagingError
 from lastgood.format.image import DataLayout, Layout, lay_out_ending
 from lastgood.format.in_memory import finish
 from lastgood.format.index_head import IndexHead, join_index
-from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend, StreamedWrite
 from lastgood.types import STATE_DICT
 
@@ -117,16 +115,13 @@ class StagedImage:
         nothing is left behind when this raises. It does not return before the snapshot is known to be whole.
         """
         layout = self.layout(head)
-        upload = StorageInTime(storage, no_progress_timeout_secs).begin(path, layout.file_size)
-        try:
-            with _events.phase("write", path, rank=rank, nbytes=layout.file_size):
-                self._write(head, layout, upload, path, no_progress_timeout_secs)
-            with _events.phase("fsync", path, rank=rank):
-                upload.make_durable()
-        except BaseException:
-            upload.abort()
-            raise
-        return upload
+
+        def write(upload: StreamedWrite) -> None:
+            self._write(head, layout, upload, path, no_progress_timeout_secs)
+
+        return write_file(
+            layout.file_size, write, storage, path, rank=rank, no_progress_timeout_secs=no_progress_timeout_secs
+        )
 
     def _write(self, head: IndexHead, layout: Layout, upload: StreamedWrite, path: str, timeout_secs: float) -> None:
         writers = PieceWriters(upload, path, WRITER_THREADS, timeout_secs)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.helpers.saves import read, save, state_of, writer_of
+from tests.helpers.workers import Worker
 
 import lastgood
 from lastgood.errors import StorageError
@@ -92,3 +94,10 @@ def read_only_directory(directory: str) -> dict[str, Any]:
     failure = failure_of(lambda: save(directory, 2))
     single = failure_of(lambda: lastgood.save(state_of(2), f"{directory}/state.pt"))
     return {"failure": failure, "single file": single, **look(directory)}
+
+
+def seen_by(worker: Worker, scenario: Any, directory: Path) -> dict[str, Any]:
+    seen: dict[str, Any] = worker.call(scenario, str(directory))
+    if "skip" in seen:
+        pytest.skip(f"a file system of its own cannot be mounted here: {seen['skip']}")
+    return seen

@@ -4,10 +4,9 @@ import errno
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.crash.small_disk import MIB, full_disk, read_only_directory, read_only_disk
+from tests.crash.small_disk import MIB, full_disk, read_only_directory, read_only_disk, seen_by
 from tests.helpers.saves import save
 from tests.helpers.workers import Worker
 
@@ -19,13 +18,6 @@ def worker() -> Iterator[Worker]:
     worker = Worker()
     yield worker
     worker.kill()
-
-
-def seen_by(worker: Worker, scenario: Any, directory: Path) -> dict[str, Any]:
-    seen: dict[str, Any] = worker.call(scenario, str(directory))
-    if "skip" in seen:
-        pytest.skip(f"a file system of its own cannot be mounted here: {seen['skip']}")
-    return seen
 
 
 def test_hazard_15_a_full_disk_is_an_early_clear_error_and_the_next_save_goes_well(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.crash.small_disk import seen_by
 from tests.distributed.barrier_ranks import start
 from tests.helpers.saves import assert_state, commit_together, contents, read, state_of, temporaries
 from tests.helpers.workers import PATIENCE_SECS, Worker
@@ -324,13 +325,6 @@ def worker() -> Iterator[Worker]:
     worker = Worker()
     yield worker
     worker.kill()
-
-
-def seen_by(worker: Worker, scenario: Any, directory: Path) -> dict[str, Any]:
-    seen: dict[str, Any] = worker.call(scenario, str(directory))
-    if "skip" in seen:
-        pytest.skip(f"a file system of its own cannot be mounted here: {seen['skip']}")
-    return seen
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import bisect
 import itertools
 import operator
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -14,6 +13,7 @@ import torch
 from lastgood._memory import paused_garbage_collection
 from lastgood._snapshot import ImageDescription
 from lastgood._staging.structure import Leaves, Structure, plain_bytes, structure_of
+from lastgood._staging.tensor_facts import TensorFacts, facts_of, pointers_of
 from lastgood._storage_uses import bytes_of
 from lastgood.capture import CapturedState, capture
 from lastgood.format.image import FIRST_STORAGE, DataLayout, lay_out_data, lay_out_ending
@@ -27,18 +27,16 @@ _CHECKED_AT_ONCE = 20_000
 """With more tensors than this, their properties are compared with the plan's while the snapshot is being staged:
 reading a property of 100,000 tensors takes some 20 ms."""
 
-_LARGEST_ELEMENT = 16
-"""Of any dtype, in bytes. One that stands alone may have any stride."""
-
-_BATCH = 2_000
-"""How many tensors are asked for one property without letting another thread run."""
-
 _numbers = itertools.count(1)
 
 
 EARLY_BYTES = 32 << 20
 EARLY_STORAGES = 200_000
 """How much of the small storages is copied before a save returns. Those of 64 KiB and more never are."""
+
+
+_LOWEST_ADDRESS = 1 << 44
+"""An address below this may be an offset from nowhere: no tensor is that large. One above it is a place in memory."""
 
 
 class Selection:
@@ -234,7 +232,7 @@ class Planner:
 
     def holds(self, taken: Taken) -> bool:
         """Compare what was left unchecked; False if the state does not have the plan's structure after all."""
-        return self._known is None or taken.unchecked is None or self._known.facts == _facts(taken.unchecked)
+        return self._known is None or taken.unchecked is None or self._known.facts == facts_of(taken.unchecked)
 
 
 def _taken_from(plan: Plan, captured: CapturedState) -> Taken:
@@ -252,7 +250,13 @@ class _Matchable:
     """A plan, and how to tell that another state has the same structure."""
 
     def __init__(
-        self, plan: Plan, structure: Structure, plain: list[Any], fixed: list[Any], facts: "_Facts", spans: list[Span]
+        self,
+        plan: Plan,
+        structure: Structure,
+        plain: list[Any],
+        fixed: list[Any],
+        facts: TensorFacts,
+        spans: list[Span],
     ) -> None:
         self._plan = plan
         self._structure = structure
@@ -272,7 +276,7 @@ class _Matchable:
     @classmethod
     def of(cls, plan: Plan, captured: CapturedState, structure: Structure, leaves: Leaves) -> "_Matchable | None":
         """``None`` for a state whose tensors cannot be found again by their addresses."""
-        facts = _facts(leaves.tensors)
+        facts = facts_of(leaves.tensors)
         first: dict[int, int] = {}
         if facts is None:
             return None
@@ -296,13 +300,13 @@ class _Matchable:
         tensors = leaves.tensors
         unchecked = None
         if len(tensors) <= _CHECKED_AT_ONCE:
-            if _facts(tensors) != self.facts:
+            if facts_of(tensors) != self.facts:
                 return None
         else:
             if not self.facts.quick_matches(tensors):
                 return None
             unchecked = tensors
-        starts = _pointers(tensors)
+        starts = pointers_of(tensors)
         if starts is None or (unchecked is not None and not self._can_be_read(tensors, starts)):
             return None
         # Addresses of empty storages mean nothing, and are not looked at.
@@ -321,10 +325,10 @@ class _Matchable:
 
     def _can_be_read(self, tensors: list[torch.Tensor], starts: list[int]) -> bool:
         """Whether there is memory wherever tensors are read that are compared with the plan only later."""
-        storage_offsets = _read(tensors, torch.Tensor.storage_offset)
-        for tensor, start, offset, size in zip(tensors, starts, storage_offsets, self.facts.nbytes, strict=True):
-            if size and (not start or (offset and not tensor.untyped_storage().nbytes())):
-                return False  # the storage was freed
+        for position in [position for position, start in enumerate(starts) if start < _LOWEST_ADDRESS]:
+            # Of a freed storage it begins nowhere, and a tensor on it as far behind that as its offset says.
+            if self.facts.nbytes[position] and not tensors[position].untyped_storage().nbytes():
+                return False
         for span in self._wide_spans:
             storage = tensors[span.tensor].untyped_storage()
             begin = starts[span.tensor] - span.before - storage.data_ptr()
@@ -344,101 +348,3 @@ class _Matchable:
         self._plain, self._plain_bytes = plain, encoded
         if changed:
             self._plan.exchange(self._structure, changed)
-
-
-class _Facts(msgspec.Struct):
-    """All that a description of tensors depends on, but for their names and data; a list each, in the walk's order.
-
-    ``storages`` numbers the storages by their first appearance, ``offsets`` and ``nbytes`` are in bytes.
-    ``repeats`` says which tensor is the same object as which one before.
-    """
-
-    properties: list[list[Any]]
-    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]
-    """Shape and strides of those of two and more dimensions, of one element or none, or that are not contiguous: of the
-    others, bytes, dtype and number of dimensions say as much, and reading them takes a fraction of the time."""
-
-    storages: list[int]
-    offsets: list[int]
-    storage_nbytes: list[int]
-    repeats: list[int] | None
-    nbytes: list[int]
-    all_contiguous: bool
-
-    def quick_matches(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether as many bytes can be read from where each of them begins as from those of the plan."""
-        try:
-            return (
-                self.all_contiguous
-                and all(map(torch.Tensor.is_contiguous, tensors))
-                and _read(tensors, _device) == self.properties[_READERS.index(_device)]
-                and list(map(_nbytes, tensors)) == self.nbytes
-                and _repeats(tensors) == self.repeats
-            )
-        except RuntimeError:
-            return False
-
-
-_nbytes = attrgetter("nbytes")
-_device = attrgetter("device")
-_READERS: list[Any] = [
-    attrgetter("dtype"),
-    torch.Tensor.dim,
-    torch.Tensor.is_contiguous,
-    attrgetter("requires_grad"),
-    torch.Tensor.is_neg,
-    _device,
-]
-if hasattr(torch.Tensor, "has_names"):
-    _READERS.append(torch.Tensor.has_names)  # type: ignore[attr-defined]
-
-
-def _facts(tensors: Sequence[torch.Tensor]) -> _Facts | None:
-    """``None`` if there is a tensor among them that is more than a view of one storage."""
-    if any(map(vars, tensors)):
-        return None  # attributes of the user's own go into the pickle
-    try:
-        properties = [_read(tensors, reader) for reader in _READERS]
-        storages = _read(tensors, torch.Tensor.untyped_storage)
-        bases = _read(storages, torch.UntypedStorage.data_ptr)
-        starts = _read(tensors, torch.Tensor.data_ptr)
-        nbytes = _read(tensors, _nbytes)
-        dtypes, dimensions, contiguous = properties[:3]
-        if any(dtype.is_complex for dtype in set(dtypes)):
-            properties.append(_read(tensors, torch.Tensor.is_conj))
-        shapes = [
-            (tuple(tensor.shape), tensor.stride())
-            for tensor, dimension, is_contiguous, size in zip(tensors, dimensions, contiguous, nbytes, strict=True)
-            if dimension > 1 or not is_contiguous or (dimension == 1 and size <= _LARGEST_ELEMENT)
-        ]
-        storage_nbytes = _read(storages, torch.UntypedStorage.nbytes)
-    except (RuntimeError, NotImplementedError):
-        return None
-    numbers: dict[int, int] = {}
-    numbered = [numbers.setdefault(id(storage), len(numbers)) for storage in storages]
-    # An empty tensor may say that it begins nowhere.
-    offsets = [start - base if size else 0 for start, base, size in zip(starts, bases, nbytes, strict=True)]
-    return _Facts(properties, shapes, numbered, offsets, storage_nbytes, _repeats(tensors), nbytes, all(contiguous))
-
-
-def _read(objects: Sequence[Any], reader: Any) -> list[Any]:
-    """One property of all objects. Between batches other threads may run: inside of ``map`` they may not."""
-    found: list[Any] = []
-    for start in range(0, len(objects), _BATCH):
-        found += map(reader, objects[start : start + _BATCH])
-    return found
-
-
-def _pointers(tensors: Sequence[torch.Tensor]) -> list[int] | None:
-    try:
-        return list(map(torch.Tensor.data_ptr, tensors))
-    except RuntimeError:
-        return None
-
-
-def _repeats(tensors: Sequence[torch.Tensor]) -> list[int] | None:
-    """For each tensor the position at which it first stands; ``None`` if all are different objects."""
-    if len(set(map(id, tensors))) == len(tensors):
-        return None
-    first: dict[int, int] = {}
-    return [first.setdefault(id(tensor), position) for position, tensor in enumerate(tensors)]
