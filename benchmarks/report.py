@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,14 @@ class Aim:
     ours: str
     theirs: tuple[str, ...]
     at_least: float
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """``ours`` is to take no more than ``limit``, whatever the others take."""
+
+    ours: str
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,9 @@ class Section:
     left_out: Mapping[str, str] = field(default_factory=dict)
     """What could not be measured, and why."""
 
+    at_most: Sequence[AtMost] = ()
+    """Aims in seconds."""
+
 
 @dataclass(frozen=True)
 class MemorySection:
@@ -45,6 +56,26 @@ class MemorySection:
     extra: dict[str, int]
     at_most: dict[str, int] = field(default_factory=dict)
     key: str = "memory"
+    title: str = "extra peak memory"
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SlowdownSection:
+    """What a training loop loses by each save, in steps by name; and what is aimed at."""
+
+    key: str
+    title: str
+    nbytes: int
+    step_seconds: list[float]
+    """Of one step without any saves."""
+
+    lost_steps: dict[str, list[float]]
+    at_most: Sequence[AtMost]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+AnySection = Section | MemorySection | SlowdownSection
 
 
 @dataclass(frozen=True)
@@ -58,22 +89,32 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """Met or missed by the median."""
-        if statistics.median(self.ratios) >= self.aim.at_least:
-            return "met"
-        return "missed, but some rounds met it" if max(self.ratios) >= self.aim.at_least else "missed"
+        return _verdict(ratio >= self.aim.at_least for ratio in (statistics.median(self.ratios), *self.ratios))
 
 
 def compare(aim: Aim, results: Results) -> Comparison:
-    """Round by round: how many times as fast as the reference. The reference is the one with the best median."""
+    """Round by round: how many times as fast as the reference. The reference is the one with the best median, and
+    where the two have other rounds, that median is what each round is compared with."""
     measured = [name for name in aim.theirs if name in results]
     reference = min(measured, key=lambda name: statistics.median(results[name].seconds))
-    pairs = zip(results[aim.ours].seconds, results[reference].seconds, strict=True)
-    return Comparison(aim, reference, [theirs / ours for ours, theirs in pairs])
+    ours, theirs = results[aim.ours].seconds, results[reference].seconds
+    if len(ours) != len(theirs):
+        theirs = [statistics.median(theirs)] * len(ours)
+    return Comparison(aim, reference, [their / our for our, their in zip(ours, theirs, strict=True)])
+
+
+def _verdict(met: Iterable[bool]) -> str:
+    """By whether the median meets the aim, and then the rounds."""
+    by_median, *by_rounds = met
+    if by_median:
+        return "met"
+    return "missed, but some rounds met it" if any(by_rounds) else "missed"
 
 
 def section_text(section: Section) -> str:
     """The table of a section, and its aims."""
-    rows = [("", "median", "min - max", "CPU", "speed" if section.moves_data else "")]
+    has_cpu = any(samples.cpu_seconds for samples in section.results.values())
+    rows = [("", "median", "min - max", "CPU" if has_cpu else "", "speed" if section.moves_data else "")]
     for name, samples in section.results.items():
         median = statistics.median(samples.seconds)
         rows.append(
@@ -81,7 +122,7 @@ def section_text(section: Section) -> str:
                 name,
                 _seconds(median),
                 f"{_seconds(min(samples.seconds))} - {_seconds(max(samples.seconds))}",
-                _seconds(statistics.median(samples.cpu_seconds)),
+                _seconds(statistics.median(samples.cpu_seconds)) if samples.cpu_seconds else "",
                 f"{section.nbytes / median / 1e9:.2f} GB/s" if section.moves_data else "",
             )
         )
@@ -106,8 +147,48 @@ def section_text(section: Section) -> str:
                 )
             )
         lines += ["", *_table(aims, figures=(2, 3, 4))]
-    lines += [f"  left out: {name} ({reason})" for name, reason in section.left_out.items()]
+    results = {name: samples.seconds for name, samples in section.results.items()}
+    lines += _at_most_lines("time of", section.at_most, results, _seconds)
+    lines += _left_out_lines(section.left_out)
     return "\n".join([*lines, ""])
+
+
+def slowdown_text(section: SlowdownSection) -> str:
+    """The table of lost steps, and the aims."""
+    rows = [("", "median", "min - max")]
+    for name, lost in section.lost_steps.items():
+        rows.append((name, _steps(statistics.median(lost)), f"{_steps(min(lost))} - {_steps(max(lost))}"))
+    step = _seconds(statistics.median(section.step_seconds))
+    rounds = max((len(lost) for lost in section.lost_steps.values()), default=0)
+    lines = [f"{section.title} (state: {_megabytes(section.nbytes)}; a step: {step}; rounds: {rounds})"]
+    lines += _table(rows, figures=(1, 2))
+    lines += _at_most_lines("lost by", section.at_most, section.lost_steps, _steps)
+    lines += _left_out_lines(section.left_out)
+    return "\n".join([*lines, ""])
+
+
+def _at_most_lines(
+    heading: str, aims: Sequence[AtMost], results: Mapping[str, Sequence[float]], shown: Callable[[float], str]
+) -> list[str]:
+    rows = [(heading, "at most", "this run", "min - max", "")]
+    for aim in aims:
+        if found := results.get(aim.ours):
+            median = statistics.median(found)
+            verdict = _verdict(value <= aim.limit for value in (median, *found))
+            between = f"{shown(min(found))} - {shown(max(found))}"
+            rows.append((aim.ours, shown(aim.limit), shown(median), between, verdict))
+    return ["", *_table(rows, figures=(1, 2, 3))] if len(rows) > 1 else []
+
+
+def _left_out_lines(left_out: Mapping[str, str]) -> list[str]:
+    return [f"  left out: {name} ({reason})" for name, reason in left_out.items()]
+
+
+def text_of(section: AnySection) -> str:
+    """What is printed of a section."""
+    if isinstance(section, MemorySection):
+        return memory_text(section)
+    return slowdown_text(section) if isinstance(section, SlowdownSection) else section_text(section)
 
 
 def memory_text(section: MemorySection) -> str:
@@ -119,16 +200,27 @@ def memory_text(section: MemorySection) -> str:
         verdict = "" if limit is None else ("met" if extra <= limit else "missed")
         rows.append((name, _mebibytes(extra), aim, verdict))
     return "\n".join(
-        [f"extra peak memory ({section.nbytes / 1e6:,.1f} MB of tensors)", *_table(rows, figures=(1,)), ""]
+        [
+            f"{section.title} ({_megabytes(section.nbytes)} of tensors)",
+            *_table(rows, figures=(1,)),
+            *_left_out_lines(section.left_out),
+            "",
+        ]
     )
 
 
-def as_json(machine: dict[str, str], sections: Sequence[Section | MemorySection]) -> dict[str, Any]:
+def as_json(machine: dict[str, str], sections: Sequence[AnySection]) -> dict[str, Any]:
     """All samples, for other programs."""
     found: dict[str, Any] = {"machine": machine}
     for section in sections:
         if isinstance(section, MemorySection):
             found[section.key] = {"nbytes": section.nbytes, "extra_peak_bytes": section.extra}
+        elif isinstance(section, SlowdownSection):
+            found[section.key] = {
+                "nbytes": section.nbytes,
+                "step_seconds": section.step_seconds,
+                "lost_steps": section.lost_steps,
+            }
         else:
             found[section.key] = {"nbytes": section.nbytes, "results": _samples_as_json(section.results)}
     return found
@@ -183,6 +275,10 @@ def _file_system(directory: str) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value * 1000:.1f} ms" if value < 0.1 else f"{value:.2f} s"
+
+
+def _steps(value: float) -> str:
+    return f"{value:.2f} steps"
 
 
 def _megabytes(nbytes: int) -> str:

@@ -13,7 +13,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 
 import savers
-from report import MemorySection, Section, as_json, machine_facts, machine_text, memory_text, section_text
+from async_sections import (
+    AsyncOptions,
+    measure_async_one_tensor,
+    measure_async_slowdown,
+    measure_async_small_tensors,
+    measure_async_training_state,
+)
+from report import AnySection, as_json, machine_facts, machine_text, text_of
 from sections import (
     Rounds,
     files_of_savers,
@@ -27,41 +34,60 @@ from sections import (
 )
 from states import training_state
 
-CHOICES = ("memory", "save", "load", "small")
+CHOICES = ("memory", "save", "load", "small", "async")
+ASYNC_PARTS = ("training", "tensor", "small", "slowdown")
 MOST_SMALL_ROUNDS = 2
-LIBRARIES = ("torch", "lastgood", "safetensors", "fastsafetensors")
+LIBRARIES = ("torch", "lastgood", "safetensors", "fastsafetensors", "torch-checkpointing")
 FILES_AT_ONCE = 5
+COPIES_AT_ONCE = 9
+"""Of a state in memory: with each asynchronous saver, the copy limit, the page cache and the memory touched before."""
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def main() -> None:
     options = _options()
-    _require_space(options.directory, options.size)
+    _require_room(options)
     machine = machine_facts(options.directory, LIBRARIES)
     machine["free memory"] = "touched before each call" if options.touch_memory else "as found"
     print(machine_text(machine), flush=True)
     done = []
     with tempfile.TemporaryDirectory(prefix=".lastgood-bench-", dir=options.directory) as directory:
         for section in _measure(options, directory):
-            print(memory_text(section) if isinstance(section, MemorySection) else section_text(section), flush=True)
+            print(text_of(section), flush=True)
             done.append(section)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(as_json(machine, done), file, indent=1)
 
 
-def _measure(options: argparse.Namespace, directory: str) -> Iterator[Section | MemorySection]:
+def _measure(options: argparse.Namespace, directory: str) -> Iterator[AnySection]:
     wanted = [options.only] if options.only else CHOICES
-    if wanted != ["small"]:
+    if {"memory", "save", "load"} & set(wanted):
         yield from _measure_training_state(options, wanted, directory)
     if "small" in wanted:
         rounds = Rounds(min(options.rounds, MOST_SMALL_ROUNDS), options.touch_memory)
         yield from measure_small_tensors(directory, rounds)
+    if "async" in wanted:
+        yield from _measure_async(options, directory)
 
 
-def _measure_training_state(
-    options: argparse.Namespace, wanted: Iterable[str], directory: str
-) -> Iterator[Section | MemorySection]:
+def _measure_async(options: argparse.Namespace, directory: str) -> Iterator[AnySection]:
+    wanted = options.async_part or ASYNC_PARTS
+    how = AsyncOptions(
+        directory, options.size, options.small_tensors, options.tensor_size, options.rounds, options.touch_memory
+    )
+    if "training" in wanted:
+        yield from measure_async_training_state(how)
+    if "tensor" in wanted:
+        yield from measure_async_one_tensor(how)
+    if "small" in wanted:
+        yield from measure_async_small_tensors(how)
+    if "slowdown" in wanted:
+        yield measure_async_slowdown(how)
+
+
+def _measure_training_state(options: argparse.Namespace, wanted: Iterable[str], directory: str) -> Iterator[AnySection]:
     state = training_state(options.size)
     rounds = Rounds(options.rounds, options.touch_memory)
     if "memory" in wanted:
@@ -85,6 +111,13 @@ def _options() -> argparse.Namespace:
         "--rounds", type=_positive, default=5, help="measured rounds (default: 5; small tensors: at most 2)"
     )
     parser.add_argument("--only", choices=CHOICES, help="one part instead of all")
+    parser.add_argument("--async-part", action="append", choices=ASYNC_PARTS, help="one part of async instead of all")
+    parser.add_argument(
+        "--tensor-size", type=_bytes, default=2**31, help="of the one large tensor that async saves (default: 2G)"
+    )
+    parser.add_argument(
+        "--small-tensors", type=_positive, default=100_000, help="how many async saves (default: 100000)"
+    )
     parser.add_argument("--directory", default=".", help="where to write, on the disk in question (default: here)")
     parser.add_argument(
         "--memory-as-found",
@@ -112,12 +145,33 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _require_space(directory: str, size: int) -> None:
-    needed, free = FILES_AT_ONCE * size, shutil.disk_usage(directory).free
-    if free < needed:
-        sys.exit(
-            f"{directory} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed: give a smaller --size"
-        )
+def _require_room(options: argparse.Namespace) -> None:
+    """End with a clear message if the disk or the memory is too small for what was asked for."""
+    disk, memory = 0, 0
+    if options.only != "async":
+        disk = memory = FILES_AT_ONCE * options.size
+    if options.only in (None, "async"):
+        parts = options.async_part or ASYNC_PARTS
+        largest = max(options.size * ("training" in parts), options.tensor_size * ("tensor" in parts))
+        disk = max(disk, 2 * largest)
+        memory = max(memory, COPIES_AT_ONCE * largest)
+    for kind, needed, free in (
+        ("disk", disk, shutil.disk_usage(options.directory).free),
+        ("memory", memory, _available_memory()),
+    ):
+        if free < needed:
+            sys.exit(
+                f"{free / 1e9:.1f} GB of {kind} are free, and {needed / 1e9:.1f} GB are needed: "
+                "give a smaller --size or --tensor-size"
+            )
+
+
+def _available_memory() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def save_with_torch(state: State, base: str) -> list[str]:
     """``torch.save``, then fsync of the file and its directory."""
     path = base + ".pt"
     torch.save(state.tree, path)
-    _fsync(path)
-    _fsync(os.path.dirname(path))
+    fsync(path)
+    fsync(os.path.dirname(path))
     return [path]
 
 
@@ -34,8 +34,8 @@ def save_with_safetensors(state: State, base: str) -> list[str]:
 
     path = base + ".safetensors"
     save_file(state.flat, path)
-    _fsync(path)
-    _fsync(os.path.dirname(path))
+    fsync(path)
+    fsync(os.path.dirname(path))
     return [path]
 
 
@@ -46,7 +46,8 @@ def save_with_fastsafetensors(state: State, base: str) -> list[str]:
     return list(ParallelSaver(fsync=True).save(state.flat, base))
 
 
-def _fsync(path: str) -> None:
+def fsync(path: str) -> None:
+    """Of a file, or of a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

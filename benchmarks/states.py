@@ -69,6 +69,19 @@ def small_tensors_state(count: int) -> State:
     return State.of({f"module.{number}.weight": torch.randn(size) for number, size in enumerate(sizes)})
 
 
+def one_tensor_state(nbytes: int) -> State:
+    """A single tensor of float32."""
+    torch.manual_seed(0)
+    return State.of({"weight": torch.randn(nbytes // 4)})
+
+
+def make_state(description: str) -> State:
+    """The state that a kind and a number describe: ``training:1073741824``, ``small:100000``, ``tensor:2147483648``."""
+    kind, _, number = description.partition(":")
+    makers = {"training": training_state, "small": small_tensors_state, "tensor": one_tensor_state}
+    return makers[kind](int(number))
+
+
 def empty_copy(state: State) -> State:
     """The same structure with zeroed tensors of its own: something to load into."""
     return State.of(_copied(state.tree))

@@ -13,6 +13,8 @@ from typing import Any
 
 from page_cache import PageCacheError
 
+_LONGEST_REASON = 200
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -49,28 +51,28 @@ def measure_in_turns(
     """
     left_out: dict[str, str] = {}
     for contender in contenders:
-        _progress(f"{what}: warming up: {contender.name}")
+        progress(f"{what}: warming up: {contender.name}")
         try:
             _run_once(contender, touched_bytes, check=True)
         except Exception as error:
             if contender.required and not isinstance(error, PageCacheError):
                 raise
-            left_out[contender.name] = f"{type(error).__name__}: {error}"
+            left_out[contender.name] = reason(error)
     running = [contender for contender in contenders if contender.name not in left_out]
     results = {contender.name: Samples() for contender in running}
     for number in range(1, rounds + 1):
         for contender in running:
-            _progress(f"{what}: round {number} of {rounds}: {contender.name}")
+            progress(f"{what}: round {number} of {rounds}: {contender.name}")
             seconds, cpu_seconds = _run_once(contender, touched_bytes, check=False)
             results[contender.name].seconds.append(seconds)
             results[contender.name].cpu_seconds.append(cpu_seconds)
-    _progress("")
+    progress("")
     return results, left_out
 
 
 def _run_once(contender: Contender, touched_bytes: int, *, check: bool) -> tuple[float, float]:
     contender.before()
-    _settle(touched_bytes)
+    settle(touched_bytes)
     try:
         seconds, cpu_seconds, result = _timed(contender.run)
         if check:
@@ -92,7 +94,7 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _settle(touched_bytes: int) -> None:
+def settle(touched_bytes: int) -> None:
     """The same start for everyone: no garbage, no memory kept by the allocator, no dirty pages of somebody else."""
     release_memory()
     os.sync()
@@ -110,6 +112,13 @@ def _touch_memory(nbytes: int) -> None:
         del first  # the mapping cannot be closed while something points into it
 
 
+def reason(error: BaseException) -> str:
+    """Why something was left out, in one line: of an error that brings along a traceback, the last one."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[-1].strip()}"
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + " ..."
+
+
 def release_memory() -> None:
     """Collect garbage and give freed memory back to the system."""
     gc.collect()
@@ -118,6 +127,7 @@ def release_memory() -> None:
         trim(0)
 
 
-def _progress(line: str) -> None:
+def progress(line: str) -> None:
+    """Show what is being done, on a terminal alone."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

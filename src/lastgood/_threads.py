@@ -88,6 +88,11 @@ def start_or_do(work: Callable[[], None], *, name: str) -> None:
     try:
         threading.Thread(target=work, name=name, daemon=True).start()
     except RuntimeError as error:
-        if "shutdown" not in str(error):
+        if not is_ending(error):
             raise
         work()
+
+
+def is_ending(error: RuntimeError) -> bool:
+    """Whether a thread could not be started because the interpreter is ending, and not for want of something."""
+    return "shutdown" in str(error)

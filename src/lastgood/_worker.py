@@ -1,7 +1,7 @@
 """The checkpoint process: ``python -m lastgood._worker SOCKET [PIDFD_OF_THE_TRAINER]``.
 
 It writes the checkpoints that its trainer stages in shared memory, and outlives it for as long as that takes. The main
-thread runs what the user passed and the writes; another one reads the pipe and watches (``_worker_watch``).
+thread runs what the user passed and the writes; another one reads the pipe and watches (``_process/watch``).
 """
 
 import contextlib
@@ -46,7 +46,8 @@ def main(descriptors: list[int]) -> int:
         watch.last_answer(failed(RequestType.PING, error, ping=0))
         return 1
     writing = Writing(writer, launch.config.no_progress_timeout_secs)
-    watch.ready(bounds_its_waits=writing.takes_images)
+    # Of lastgood's own writer, all but the user's hooks.
+    watch.ready(bounds_its_waits=lambda: writing.takes_images and not writer.is_in_hook)
     watch.answer(
         WorkerResponse(RequestType.PING, True, payload={"ping": 0, "needs_state_dicts": not writing.takes_images})
     )

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -19,6 +20,7 @@ from lastgood._process.pending_save import PendingSave
 from lastgood._process.pipe import RequestType, WorkerRequest, WorkerResponse, close_all
 from lastgood._process.shared_tensors import find_shared_tensors
 from lastgood._snapshot import Placement, Snapshot, SnapshotFuture
+from lastgood._threads import start_or_do
 from lastgood.errors import CheckpointProcessError, ConfigError, SaveTimeoutError
 from lastgood.types import STATE_DICT, RankInfo
 
@@ -60,6 +62,11 @@ class CheckpointProcess:
         checkpoint_writer_init_args: dict[str, Any],
     ) -> None:
         refuse_while_main_is_imported()
+        if not hasattr(os, "eventfd"):
+            raise ConfigError(
+                "asynchronous checkpoints need Linux: this platform has no memory and events that processes share by "
+                "descriptor. Use make_sync_checkpointer."
+            )
         config.check()
         self._rank_info = rank_info
         self._config = config
@@ -254,7 +261,12 @@ class CheckpointProcess:
             # It may end between being asked and being told.
             if not (link.is_usable and link.submit(save)):
                 link = self._new_link()
-                link.submit(save)
+                if not link.submit(save):
+                    raise CheckpointProcessError(
+                        f"Child process terminated unexpectedly: a new one for the save to {save.path} could not be "
+                        "started. Earlier checkpoints are untouched; the log says why.",
+                        path=save.path,
+                    )
         except OSError as error:
             raise self._cannot_send(save, error) from error
         if self._leave_when_done:
@@ -271,7 +283,16 @@ class CheckpointProcess:
         """Start a process; called with the lock held."""
         launch = new_launch(self._config, self._rank_info, self._functions)
         descriptors = [os.dup(descriptor) for descriptor in self._descriptors]
-        link = ProcessLink(launch, descriptors, self._config, self._started)
+        started = weakref.WeakMethod(self._started)
+
+        def tell(link: ProcessLink) -> None:
+            known = started()
+            if known is not None:
+                known(link)
+
+        # The link's thread must not keep this object alive: when nobody has it any more, the process may leave.
+        link = ProcessLink(launch, descriptors, self._config, tell)
+        weakref.finalize(self, _let_leave, link, self._owner).atexit = False
         self._links = [old for old in self._links if not old.is_over]
         self._links.append(link)
         self.process_creation_future = link.created
@@ -337,6 +358,12 @@ class CheckpointProcess:
         if not tensors:
             return None
         return pack(tensors, f"the tensors in shared memory of the save to {save.path}", sharing=True)
+
+
+def _let_leave(link: ProcessLink, owner: int) -> None:
+    if os.getpid() == owner:
+        # Not in this thread: the garbage collector may have stopped it while it holds the link's lock.
+        start_or_do(link.leave, name="lastgood-leave")
 
 
 def _snapshot_in(state: object) -> Snapshot | None:

@@ -3,7 +3,7 @@
 import abc
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,9 @@ class CheckpointWriter:
     Subclasses may replace :meth:`write`, with the arguments in either order, and need not call ``super().__init__``.
     """
 
+    is_in_hook = False
+    """Whether code of the user's is running, whose waits nobody bounds."""
+
     def __init__(
         self,
         config: CheckpointWriterConfig,
@@ -114,7 +117,7 @@ class CheckpointWriter:
         self._save(path, prepare, kwargs)
         return None
 
-    def write_staged(self, path: str, staged: StagedImage, **kwargs: Any) -> None:
+    def write_staged(self, path: str, staged: StagedImage, /, **kwargs: Any) -> None:
         """Like :meth:`write`, from an image in shared memory; begins before it is all there.
 
         Raises what staging failed with if it does; nothing is published then.
@@ -144,8 +147,16 @@ class CheckpointWriter:
                 upload.abort()
                 raise
             if self._commit_hook is not None:
-                with _events.phase("post_commit", directory, rank=rank):
+                with _events.phase("post_commit", directory, rank=rank), self._in_hook():
                     self._commit_hook.post_commit(path, **kwargs)
+
+    @contextlib.contextmanager
+    def _in_hook(self) -> Iterator[None]:
+        self.is_in_hook = True
+        try:
+            yield
+        finally:
+            self.is_in_hook = False
 
     @property
     def _patience(self) -> dict[str, float]:
@@ -176,7 +187,7 @@ class CheckpointWriter:
         upload = self._write_file(directory, save_id, prepare, kwargs.get("step"), held)
         try:
             if self._commit_hook is not None:
-                with _events.phase("pre_commit", directory, rank=self._rank_info.global_rank):
+                with _events.phase("pre_commit", directory, rank=self._rank_info.global_rank), self._in_hook():
                     self._commit_hook.pre_commit(path, **kwargs)
             if self._needs_manifest:
                 self._publish_file(upload, directory)

@@ -144,6 +144,7 @@ class AsyncCheckpointer(_ReadingCheckpointer):
         self._slot_timeout_secs = config.slot_timeout_secs
         self._saves: list[_Save] = []
         self._saving = threading.Lock()
+        self._saver: int | None = None
         self._is_closed = False
         _close_at_exit(self)
 
@@ -160,7 +161,7 @@ class AsyncCheckpointer(_ReadingCheckpointer):
         its futures, raises that, once, and does nothing else. ``kwargs`` reach the writer's hooks. Saves land in the
         order in which they were asked for.
         """
-        with self._saving, _events.phase("stall", path):
+        with self._alone(self._slot_timeout_secs), _events.phase("stall", path):
             if self._is_closed:
                 raise ConfigError("this checkpointer has been closed; make another one", path=path)
             self._wait_for_slot(path)
@@ -172,6 +173,23 @@ class AsyncCheckpointer(_ReadingCheckpointer):
             self._saves.append(save)
             self._keep_until_known(save)
         return save.staged, save.written
+
+    @contextmanager
+    def _alone(self, timeout_secs: float) -> Iterator[None]:
+        """One call at a time. A signal handler that interrupts a save of its own thread cannot wait for that."""
+        if self._saver == threading.get_ident():
+            raise ConfigError(
+                "save() or close() was called in the middle of a save of the same thread, by a signal handler or a "
+                "garbage collector's callback; set a flag there, and save when the loop sees it"
+            )
+        if not self._saving.acquire(timeout=timeout_secs):
+            raise SaveTimeoutError(f"another thread has been saving for {timeout_secs:g} s and goes on", phase="save")
+        self._saver = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._saver = None
+            self._saving.release()
 
     def _keep_until_known(self, save: _Save) -> None:
         """A script may let go of its checkpointer, but then nobody would say at its exit that this save has failed."""
@@ -239,7 +257,7 @@ class AsyncCheckpointer(_ReadingCheckpointer):
         :class:`~lastgood.errors.SaveTimeoutError` when saves take longer than ``close_timeout_secs``: the checkpoint
         process is left to finish them.
         """
-        with self._saving:
+        with self._alone(self._slot_timeout_secs):
             if self._is_closed:
                 return
             self._is_closed = True

@@ -21,8 +21,11 @@ from lastgood._staging.job import StagingJob, StagingOptions, lay_out
 from lastgood._staging.optimizer_guard import OptimizerGuard
 from lastgood._staging.plan import Planner, arena_size
 from lastgood._staging.state import rebuild_state
+from lastgood._threads import is_ending
 from lastgood.errors import ConfigError, SaveTimeoutError
 from lastgood.types import STATE_DICT
+
+_LONGEST_TIMEOUT_SECS = 365 * 86400.0
 
 Attached = TypeVar("Attached")
 
@@ -103,6 +106,7 @@ class DefaultStager(CheckpointStager):
         self._options = StagingOptions(config.staging_timeout_secs, config.full_check, config.use_non_blocking_copy)
         self._planner = Planner()
         self._taking = threading.Lock()
+        self._queueing = threading.Lock()
         self._pool = ArenaPool(config.snapshots_in_flight, pinned=config.use_pinned_memory and _has_cuda())
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -131,7 +135,7 @@ class DefaultStager(CheckpointStager):
         Raises what staging failed with.
         """
         job = self._take(state_dict)
-        self._run(job)
+        self._run(job, caller_waits=True)
         if job.error is not None:
             job.snapshot.release()
             raise job.error
@@ -143,22 +147,23 @@ class DefaultStager(CheckpointStager):
         """The future of a staged state, and what ``attach`` returns for it.
 
         ``attach`` is called before anything is staged in the background, so that whoever writes the snapshot has been
-        told of it when the future resolves. When it raises, nothing is staged.
+        told of it when the future resolves. When it raises, or staging cannot begin, nothing is staged.
         """
         job = self._take(state_dict)
         future = StagedState(job.snapshot)
         try:
             attached = attach(future)
+            if self.config.use_async_staging:
+                if self.config.hold_optimizers and self._guard is None:
+                    self._guard = OptimizerGuard(self)
+                self._run_later(partial(self._run_for, future, job))
+            else:
+                self._run_for(future, job, caller_waits=True)
         except BaseException as error:
-            self._finish(job, error)
-            future.resolve(error)
+            if not job.is_over:
+                self._finish(job, error)
+                future.resolve(error)
             raise
-        if self.config.use_async_staging:
-            if self.config.hold_optimizers and self._guard is None:
-                self._guard = OptimizerGuard(self)
-            self._run_later(partial(self._run_for, future, job))
-        else:
-            self._run_for(future, job)
         return future, attached
 
     def _take(self, state_dict: STATE_DICT) -> StagingJob:
@@ -167,7 +172,15 @@ class DefaultStager(CheckpointStager):
             self.wait_until_staged()
             with self._taking:
                 self._require_open()
-                if self.current is not None:
+                current = self.current
+                if current is not None and current.timed_out:
+                    raise SaveTimeoutError(
+                        f"the snapshot before this one has been in work for {self.config.staging_timeout_secs:g}"
+                        " s and goes on; nothing of this one was staged, earlier checkpoints are untouched. Is the "
+                        "machine swapping, or are its tensors mapped from a file that cannot be read?",
+                        phase="stage",
+                    )
+                if current is not None:
                     continue  # of another thread
                 with _events.phase("take", "the snapshot"):
                     taken = self._planner.take(state_dict)
@@ -180,17 +193,17 @@ class DefaultStager(CheckpointStager):
                 self._job = job
                 return job
 
-    def _run_for(self, future: "StagedState", job: StagingJob) -> None:
-        self._run(job)
+    def _run_for(self, future: "StagedState", job: StagingJob, *, caller_waits: bool = False) -> None:
+        self._run(job, caller_waits=caller_waits)
         future.resolve(job.error)
         # A failure's traceback leads here: whoever keeps it must not keep the future, and so the arena.
         del future
 
-    def _run(self, job: StagingJob) -> None:
+    def _run(self, job: StagingJob, *, caller_waits: bool) -> None:
         error: BaseException | None = None
         try:
             with _events.phase("stage", "the snapshot"):
-                size = job.prepare(self._planner)
+                size = job.prepare(self._planner, caller_waits=caller_waits)
                 # It is the pool's until it is ready: one that cannot be made ready is closed there.
                 arena, job.arena = job.arena, None
                 job.arena = self._pool.make(size, arena)
@@ -215,15 +228,17 @@ class DefaultStager(CheckpointStager):
 
         def prepare() -> None:
             try:
-                with _events.phase("prewarm", "the snapshot"), self._taking:
+                with _events.phase("prewarm", "the snapshot"):
                     # Not by the planner of a snapshot that waits behind this: it would take over these plain values.
                     planner = Planner()
                     taken = planner.take(state_dict)
-                    if self.current is None:
-                        self._planner = planner
-                    arena = self._pool.make(arena_size(taken.plan.describe()), self._pool.find(taken.plan.number))
+                    # Without the lock: this takes long, and saves go on meanwhile.
+                    arena = self._pool.make(arena_size(taken.plan.describe()), None)
                     try:
-                        lay_out(arena, taken)
+                        with self._taking:
+                            lay_out(arena, taken)
+                            if self.current is None:
+                                self._planner = planner
                     finally:
                         self._pool.give_back(arena)
             except BaseException as error:
@@ -252,22 +267,24 @@ class DefaultStager(CheckpointStager):
 
         Raises :class:`~lastgood.errors.SaveTimeoutError` when staging does not end in time.
         """
-        with self._taking:
+        with self._taking, self._queueing:
             if self._is_closed:
                 return
             self._is_closed = True
-        if self._guard is not None:
-            self._guard.remove()
-        thread = self._thread
-        if thread is not None:
+            thread = self._thread
             self._jobs.put(None)
-            thread.join(self.config.staging_timeout_secs)
-            if thread.is_alive():
-                raise SaveTimeoutError(
-                    f"staging did not end within {self.config.staging_timeout_secs:g} s of closing; the save being "
-                    "staged is lost, earlier checkpoints are untouched.",
-                    phase="close",
-                )
+        try:
+            if thread is not None:
+                thread.join(self.config.staging_timeout_secs)
+                if thread.is_alive():
+                    raise SaveTimeoutError(
+                        f"staging did not end within {self.config.staging_timeout_secs:g} s of closing; the save being "
+                        "staged is lost, earlier checkpoints are untouched.",
+                        phase="close",
+                    )
+        finally:
+            if self._guard is not None:
+                self._guard.remove()
         self._planner.forget()
         self._pool.close()
 
@@ -276,12 +293,24 @@ class DefaultStager(CheckpointStager):
             raise ConfigError("this stager has been closed; make another one")
 
     def _run_later(self, job: Callable[[], None]) -> None:
-        if self._thread is None:
-            # The thread must not keep a stager alive that nobody closed.
-            self._thread = threading.Thread(target=_work, args=(self._jobs,), name="lastgood-staging", daemon=True)
-            weakref.finalize(self, self._jobs.put, None).atexit = False
-            self._thread.start()
-        self._jobs.put(job)
+        """Do it on the staging thread; or at once, where the interpreter is ending and starts no threads any more."""
+        with self._queueing:
+            self._require_open()
+            if self._thread is None:
+                # The thread must not keep a stager alive that nobody closed.
+                thread = threading.Thread(target=_work, args=(self._jobs,), name="lastgood-staging", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    if not is_ending(error):
+                        raise
+                else:
+                    self._thread = thread
+                    weakref.finalize(self, self._jobs.put, None).atexit = False
+            if self._thread is not None:
+                self._jobs.put(job)
+                return
+        job()
 
 
 def _work(jobs: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
@@ -300,8 +329,8 @@ def _check(config: CheckpointStagerConfig) -> None:
             f"snapshots_in_flight is {config.snapshots_in_flight!r}; at least one is needed to save at all"
         )
     for name in ("slot_timeout_secs", "staging_timeout_secs"):
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} is {getattr(config, name)!r}; it has to be above 0 s")
+        if not 0 < getattr(config, name) <= _LONGEST_TIMEOUT_SECS:
+            raise ConfigError(f"{name} is {getattr(config, name)!r}; it has to be above 0 s and at most a year")
 
 
 class StagedState(SnapshotFuture):

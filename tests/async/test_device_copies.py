@@ -148,9 +148,9 @@ def before_preparing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
     real = StagingJob.prepare
 
-    def prepare(self: StagingJob, planner: Planner) -> int:
+    def prepare(self: StagingJob, planner: Planner, **options: Any) -> int:
         gate.pass_by()
-        return real(self, planner)
+        return real(self, planner, **options)
 
     monkeypatch.setattr(StagingJob, "prepare", prepare)
     yield gate

@@ -419,13 +419,15 @@ def test_hazard_18_a_failure_before_the_call_returns_is_raised_by_it(
     state = {"small": torch.ones(5), "mark": "before the call returns"}
     checkpointer.save(str(tmp_path), state)[1].result(PATIENCE_SECS)
     before = arenas_open()
-    for _ in range(3):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(job_module, "copy_memory", raise_bees)
-            with pytest.raises(BeesError):
-                checkpointer.save(str(tmp_path), state)
+    with noted_events() as events:
+        for _ in range(3):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(job_module, "copy_memory", raise_bees)
+                with pytest.raises(BeesError):
+                    checkpointer.save(str(tmp_path), state)
+        checkpointer.save(str(tmp_path), state)[1].result(PATIENCE_SECS)
     assert arenas_open() == before
-    checkpointer.save(str(tmp_path), state)[1].result(PATIENCE_SECS)
+    assert "reserve" not in {event.phase for event in events}, "the arena was given back, and is used again"
     assert_equal(checkpointer.load(str(tmp_path)), state)
 
 
@@ -598,3 +600,54 @@ def test_staging_leaves_the_users_random_numbers_alone() -> None:
     with DefaultStager() as stager:
         staged_in(stager, state_of_large_tensors(1))
     assert (random.random(), torch.rand(1)) == expected
+
+
+# What must not leave a stager, or its users, in a state that nothing gets out of
+
+
+def test_a_staging_thread_that_cannot_be_started_fails_that_save_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "lastgood-staging":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with DefaultStager() as stager:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                stager.stage({"a": torch.ones(4)})
+        assert stager.current is None
+        staged = stager.stage({"a": torch.ones(4)})
+        assert isinstance(staged, Future)
+        assert torch.equal(staged.result(PATIENCE_SECS)["a"], torch.ones(4))
+
+
+def test_a_snapshot_is_staged_although_the_interpreter_starts_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    stager = DefaultStager()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    staged = stager.stage({"a": torch.ones(100_000)})
+    assert isinstance(staged, Future)
+    assert torch.equal(staged.result(0)["a"], torch.ones(100_000))
+    stager.close()
+
+
+def test_an_interrupted_take_leaves_no_half_exchanged_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interruption(BaseException):
+        pass
+
+    def interrupt(*arguments: Any) -> None:
+        raise Interruption
+
+    stager = DefaultStager(CheckpointStagerConfig(use_async_staging=False))
+    stager.stage({"a": torch.ones(4), "step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("lastgood._staging.plan.Plan.exchange", interrupt)
+        with pytest.raises(Interruption):
+            stager.stage({"a": torch.ones(4), "step": 2})
+    assert stager.stage({"a": torch.ones(4), "step": 2})["step"] == 2  # type: ignore[index]
+    stager.close()

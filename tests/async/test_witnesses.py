@@ -93,3 +93,18 @@ def test_an_in_place_operation_is_found_though_not_a_sampled_byte_changed() -> N
     tensor[:0].add_(1)
     with pytest.raises(TornSnapshotError, match="'a' changed"):
         witness.check(0, tensor.data_ptr())
+
+
+@pytest.mark.parametrize("elements", [0, 1 << 10, 1 << 22])
+@pytest.mark.parametrize("takes", [1, 2])
+def test_a_storage_that_was_freed_or_resized_is_found_before_its_address_is_read(elements: int, takes: int) -> None:
+    """Takes: the first makes the plan, the second finds it again."""
+    state = {"weights": torch.ones(1 << 20)}
+    planner = Planner()
+    for _ in range(takes):
+        taken = planner.take(state)
+    witnesses = Witnesses(taken, taken.plan.large, full_check=False)
+    witnesses.require_memory(0)
+    state["weights"].untyped_storage().resize_(4 * elements)
+    with pytest.raises(TornSnapshotError, match="'weights'"):
+        witnesses.require_memory(0)

@@ -1,4 +1,7 @@
-"""A training script as users write them: ``python script.py DIRECTORY ENDING``. It never waits for its last save."""
+"""A training script as users write them: ``python script.py DIRECTORY ENDING``. It never waits for its last save.
+
+Its checkpointer is a local variable, gone when the interpreter ends.
+"""
 
 import os
 import sys
@@ -13,8 +16,11 @@ def main(directory: str, ending: str) -> None:
     weights = torch.zeros(2_000_000)
     for step in (1, 2):
         weights += 1
-        # A file stands in the way of the last one, if that is to fail.
-        parent = f"{directory}/file" if ending == "fails" and step == 2 else directory
+        parent = directory
+        if ending == "fails" and step == 2:
+            parent = f"{directory}/file"
+            with open(parent, "x"):
+                pass  # it stands in the way of the last checkpoint
         staged, _ = checkpointer.save(f"{parent}/step-{step}", {"weights": weights, "step": step})
         staged.result(60)
     weights += 1

@@ -340,3 +340,35 @@ def test_hazard_05_and_15_a_disk_that_takes_no_more_fails_that_save_and_spoils_n
     assert seen["meanwhile"] == (["checkpoint_0.pt"], 1)
     assert seen["in the end"] == (["checkpoint_0.pt"], 4)
     assert seen["is the same process"]
+
+
+def test_a_signal_handler_that_saves_in_the_middle_of_a_save_is_refused_and_does_not_hang(tmp_path: Path) -> None:
+    """The handler is called in the thread that saves; it stands here for one of SIGTERM."""
+    refused: list[BaseException] = []
+
+    def from_a_handler(path: str) -> None:
+        for call in (lambda: checkpointer.save(str(tmp_path / "b"), state_of(2)), checkpointer.close):
+            try:
+                call()
+            except ConfigError as error:
+                refused.append(error)
+
+    checkpointer = make_async_checkpointer()
+    checkpointer._may_write = from_a_handler
+    _, written = checkpointer.save(str(tmp_path / "a"), state_of(1))
+    written.result(PATIENCE_SECS)
+    assert len(refused) == 2
+    assert "set a flag there" in str(refused[0])
+    checkpointer.close()
+    assert_state(read(tmp_path / "a"), 1)
+
+
+def test_a_checkpointer_that_nobody_has_any_more_lets_its_process_leave(tmp_path: Path) -> None:
+    checkpointer = make_async_checkpointer()
+    checkpointer.save(str(tmp_path / "a"), state_of(1))[1].result(PATIENCE_SECS)
+    process = checkpointer._checkpoint_process.process
+    assert process is not None
+    del checkpointer
+    gc.collect()
+    assert process.join(PATIENCE_SECS)
+    assert_state(read(tmp_path / "a"), 1)

@@ -1,9 +1,9 @@
 """Hazard 18b: scripts that end without waiting for their last save, each in an interpreter of its own."""
 
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,39 +13,31 @@ from tests.survival.trainers import file_in
 
 import lastgood
 
-SCRIPT = Path(__file__).with_name("script.py")
+EXITS = Path(__file__).with_name("exits.py")
 STATUS_OF = {"end": 0, "sys.exit": 7, "exception": 1, "fork": 0, "fails": 0}
 
 
 class Ended:
     """How one script ended, and what it said."""
 
-    def __init__(self, script: "subprocess.Popen[str]", directory: Path) -> None:
+    def __init__(self, directory: Path, status: int) -> None:
         self.directory = directory
-        self.said, self.complained = script.communicate(timeout=110)
-        self.status = script.returncode
+        self.status = status
+        self.said, self.complained = ((directory / name).read_text() for name in ("said", "complained"))
+
+
+def run_scripts(directory: Path, at_once: int, endings: list[str], timeout_secs: float = 110) -> list[Ended]:
+    command = [sys.executable, "-W", "error", str(EXITS), str(directory), str(at_once), *endings]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_secs)
+    assert (done.returncode, done.stderr) == (0, "")
+    statuses = json.loads(done.stdout)
+    return [Ended(directory / str(number), status) for number, status in enumerate(statuses)]
 
 
 @pytest.fixture(scope="module")
-def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]]:
-    """All of them, run side by side: most of their time goes into importing torch."""
-    running = {}
-    for ending in STATUS_OF:
-        directory = tmp_path_factory.mktemp(ending)
-        (directory / "file").touch()
-        command = [sys.executable, "-W", "error", str(SCRIPT), str(directory), ending]
-        running[ending] = (
-            subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            ),
-            directory,
-        )
-    try:
-        yield {ending: Ended(*script) for ending, script in running.items()}
-    finally:
-        for script, _ in running.values():
-            script.kill()
-            script.wait()
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    endings = list(STATUS_OF)
+    return dict(zip(endings, run_scripts(tmp_path_factory.mktemp("scripts"), 2, endings), strict=True))
 
 
 def assert_lands(directory: Path, step: int) -> None:
@@ -74,6 +66,7 @@ def test_hazard_18b_a_script_that_ends_without_waiting_has_its_last_checkpoint(
 
 def test_hazard_18b_a_script_whose_last_save_fails_says_so_at_its_end(scripts: dict[str, Ended]) -> None:
     ended = scripts["fails"]
+    assert ended.status == STATUS_OF["fails"], ended.complained
     assert_lands(ended.directory, 1)
     assert not (ended.directory / "step-2").exists()
     assert "a save that nobody waited for failed" in ended.complained
@@ -84,10 +77,8 @@ def test_hazard_18b_a_script_whose_last_save_fails_says_so_at_its_end(scripts: d
 @pytest.mark.crash
 @pytest.mark.timeout(1800)
 def test_hazard_18b_a_hundred_scripts_end_without_a_word_and_with_their_checkpoints(tmp_path: Path) -> None:
-    """Threads that the end of the interpreter finds at work can bring it down: seldom, so it takes many."""
-    command = [sys.executable, "-W", "error", str(SCRIPT.with_name("many_exits.py")), str(tmp_path), "100"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1700)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    for number in range(100):
-        assert_lands(tmp_path / str(number), 2)
-        shutil.rmtree(tmp_path / str(number))
+    """Threads that the end of the interpreter finds at work can bring it down: seldom, so it takes many at a time."""
+    for ended in run_scripts(tmp_path, 6, ["end"] * 100, timeout_secs=1700):
+        assert (ended.status, ended.said, ended.complained) == (0, "", "")
+        assert_lands(ended.directory, 2)
+        shutil.rmtree(ended.directory)

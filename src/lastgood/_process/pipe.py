@@ -6,10 +6,10 @@ says in its payload how many they are.
 
 ==================  ====================================================================================
 PING                ``ping``: a number that the answer repeats. 0 is the request that brings the process to
-                    life (see ``_launch``); its answer says that it is ready, or why not. An answer that
+                    life (see ``launch``); its answer says that it is ready, or why not. An answer that
                     nobody asked for (``heartbeat``) says that the process has work and gets on with it.
 WRITE_CHECKPOINT    ``save``: the number of the save, and ``event``: "begin" (with all that a write needs, see
-                    ``_process_link``), "advance" (``staged`` bytes are there), "complete", or "fail" (with a
+                    ``pending_save``), "advance" (``staged`` bytes are there), "complete", or "fail" (with a
                     ``reason``). One answer, at the end of the write. Without a save: "forget" (``arenas``).
 TERMINATE_PROCESS   Leave once all that has begun is finished. Answered when that is the case.
 ==================  ====================================================================================

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 from lastgood._process.jobs import JobQueue
@@ -65,7 +66,7 @@ class TrainerWatch:
         self._jobs = jobs
         self._config = config
         self._outbox = Outbox()
-        self._bounds_its_waits = False
+        self._bounds_its_waits: Callable[[], bool] = lambda: False
         self._is_ready = False
         self._trainer_is_gone = False
         self._all_sent = threading.Event()
@@ -83,8 +84,8 @@ class TrainerWatch:
         """Send it to the trainer, if there still is one."""
         self._outbox.post(response)
 
-    def ready(self, *, bounds_its_waits: bool) -> None:
-        """There is a writer now; one that ``bounds_its_waits`` need not show that it gets on."""
+    def ready(self, *, bounds_its_waits: Callable[[], bool]) -> None:
+        """There is a writer now; while it ``bounds_its_waits`` itself, it need not show that it gets on."""
         self._bounds_its_waits = bounds_its_waits
         self._is_ready = True
 
@@ -169,7 +170,7 @@ class TrainerWatch:
     def _gets_on(self) -> bool:
         job = self._jobs.current
         # Without a whole snapshot it is the trainer that is waited for.
-        return self._bounds_its_waits or job is None or not job.is_complete or self._progress.has_moved()
+        return self._bounds_its_waits() or job is None or not job.is_complete or self._progress.has_moved()
 
     def _leave_if_stuck(self, elapsed: float) -> None:
         """Nobody else ends a process whose trainer is gone."""

@@ -57,7 +57,7 @@ class StagingJob:
         self._state: STATE_DICT | None = state
         self._options = options
         self._over = threading.Event()
-        self._timed_out = False
+        self.timed_out = False
         self._gave_up_copies = False
         self._private: tuple[bytearray, list[int]] | None = None
         self._take(taken)
@@ -109,10 +109,22 @@ class StagingJob:
 
     # In the staging thread
 
-    def prepare(self, planner: Planner) -> int:
-        """Find out how large the arena has to be. Call it first, before :attr:`arena` is set."""
+    def prepare(self, planner: Planner, *, caller_waits: bool = False) -> int:
+        """Find out how large the arena has to be. Call it first, before :attr:`arena` is set.
+
+        When the tensors turn out not to be what they were the last time, begins again if whoever asked for the snapshot
+        is waiting for it. Otherwise the moment of the call is over, and nothing may be read for it any more: raises
+        :class:`~lastgood.errors.StagingError`.
+        """
         if not planner.holds(self._taken):
-            # The tensors are not what they were the last time: begin again, with all that is copied copied late.
+            if not caller_waits:
+                planner.forget()
+                raise StagingError(
+                    "the tensors of the state are of other dtypes, shapes or flags than at the last save, or share "
+                    "memory otherwise; among so many this is found only after save has returned. The snapshot was "
+                    "thrown away, earlier checkpoints are untouched, and the next save goes through.",
+                    phase="stage",
+                )
             assert self._state is not None  # only end() lets go of it
             self._private = None
             self._take(planner.take_anew(self._state))
@@ -133,6 +145,8 @@ class StagingJob:
             deque(map(copy_memory, self._targets(self._early), sources, self._early.sizes), 0)
             self._private = None
         targets = self._targets(self._late_small)
+        for number in self._late_small.numbers:
+            self._witnesses.require_memory(number)
         self._copy_small(self._late_small, targets)
         for number, target in zip(self._late_small.numbers, targets, strict=True):
             self._witnesses.check(number, target)
@@ -176,6 +190,7 @@ class StagingJob:
         target = self.arena.address + taken.plan.offsets[number]
         part = taken.device_parts.get(number)
         if part is None:
+            self._witnesses.require_memory(number)
             copy_memory(target + start, taken.addresses[number] + start, size)
         else:
             self._devices[part.device].copy([part[start : start + size]], [memory_at(target + start, size)])
@@ -185,7 +200,7 @@ class StagingJob:
 
     def end(self, error: BaseException | None) -> None:
         """Staging is over: tell whoever writes, let go of the state, and let those who wait go on."""
-        if error is None and self._timed_out:
+        if error is None and self.timed_out:
             error = SaveTimeoutError(
                 f"staging took longer than {self._options.timeout_secs:g} s, and training did not wait any longer; "
                 "the snapshot was thrown away, earlier checkpoints are untouched. Raise staging_timeout_secs if the "
@@ -210,9 +225,9 @@ class StagingJob:
         return self._read_addresses is None or not self._read_addresses.isdisjoint(addresses)
 
     def wait(self) -> None:
-        """Return when staging is over; after the time-out it fails, and this returns."""
-        if not self._over.wait(self._options.timeout_secs):
-            self._timed_out = True
+        """Return when staging is over; after the time-out it fails, and this returns, from then on at once."""
+        if not self.timed_out and not self._over.wait(self._options.timeout_secs):
+            self.timed_out = True
 
     @property
     def is_over(self) -> bool:

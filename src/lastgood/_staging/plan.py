@@ -186,13 +186,15 @@ class Taken(msgspec.Struct):
 
     ``addresses`` has an entry for each storage; that of a storage on a device is 0, and ``device_parts`` has its
     bytes as a tensor. ``tensors`` are those that stand on each large storage. ``owners`` keep the memory alive.
-    ``unchecked`` is what remains to be compared with the plan before the snapshot may be published.
+    ``storages`` are those that are copied late. ``unchecked`` is what remains to be compared with the plan before the
+    snapshot may be published.
     """
 
     plan: Plan
     addresses: list[int]
     device_parts: dict[int, torch.Tensor]
     tensors: dict[int, list[torch.Tensor]]
+    storages: dict[int, torch.UntypedStorage]
     owners: Any
     unchecked: "Sequence[torch.Tensor] | None" = None
 
@@ -208,10 +210,12 @@ class Planner:
 
         Raises what :func:`~lastgood.capture.capture` raises.
         """
-        if self._known is not None:
+        known, self._known = self._known, None  # a take that is interrupted half-way leaves nothing behind
+        if known is not None:
             with paused_garbage_collection():
-                taken = self._known.take(state)
+                taken = known.take(state)
             if taken is not None:
+                self._known = known
                 return taken
         return self.take_anew(state)
 
@@ -243,7 +247,8 @@ def _taken_from(plan: Plan, captured: CapturedState) -> Taken:
             tensors.setdefault(node.storage, []).append(tensor)
     addresses = [use.storage.data_ptr() + use.start if use.on_cpu and use.nbytes else 0 for use in captured.extents]
     parts = {use.number: use.device_bytes() for use in captured.extents if not use.on_cpu and use.nbytes}
-    return Taken(plan, addresses, parts, tensors, captured)
+    storages = {use.number: use.storage for use in captured.extents if use.number in large}
+    return Taken(plan, addresses, parts, tensors, storages, captured)
 
 
 class _Matchable:
@@ -320,8 +325,8 @@ class _Matchable:
             watched.setdefault(storage, []).append(tensors[position])
         self._exchange(leaves.plain)
         # A tensor may let go of its storage while that is read: `x.data = y` does.
-        storages = [tensors[self._spans[number].tensor].untyped_storage() for number in watched]
-        return Taken(self._plan, addresses, parts, watched, (tensors, storages), unchecked)
+        storages = {number: tensors[self._spans[number].tensor].untyped_storage() for number in watched}
+        return Taken(self._plan, addresses, parts, watched, storages, tensors, unchecked)
 
     def _can_be_read(self, tensors: list[torch.Tensor], starts: list[int]) -> bool:
         """Whether there is memory wherever tensors are read that are compared with the plan only later."""

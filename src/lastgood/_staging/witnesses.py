@@ -35,6 +35,11 @@ class Witnesses:
         self._versions: dict[int, list[tuple[torch.Tensor, int | None]]] = {}
         self._sampled: dict[int, tuple[range, int]] = {}
         self._checksums: dict[int, int] = {}
+        self._memory = {
+            number: (storage, storage.data_ptr(), storage.nbytes())
+            for number in storages
+            if (storage := taken.storages.get(number)) is not None
+        }
         sources: list[int] = []
         for number in storages:
             self._versions[number] = [(tensor, version_of(tensor)) for tensor in taken.tensors.get(number, ())]
@@ -48,6 +53,16 @@ class Witnesses:
                 self._sampled[number] = offsets, LINE * len(sources)
                 sources += map(address.__add__, offsets)
         self._samples = _gather(sources)
+
+    def require_memory(self, number: int) -> None:
+        """Raise as :meth:`check` does if storage ``number`` has been resized or freed: its address leads nowhere then.
+
+        What is resized between this and a copy of the next piece is still read. Storages stay where they are unless
+        somebody resizes them, for as long as the snapshot holds them.
+        """
+        known = self._memory.get(number)
+        if known is not None and (known[0].data_ptr(), known[0].nbytes()) != known[1:]:
+            raise self._torn(number)
 
     def check(self, number: int, copy: int) -> None:
         """Compare with the copy of storage ``number``, which has just been made at the address ``copy``.
