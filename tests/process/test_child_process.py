@@ -69,6 +69,20 @@ def test_it_can_be_killed_even_when_it_is_stopped(module: dict[str, str]) -> Non
     os.close(theirs)
 
 
+def test_a_signal_that_is_held_back_does_not_end_a_child_that_is_only_starting(module: dict[str, str]) -> None:
+    ours, theirs = os.pipe()
+    held_back = [signal.SIGTERM]
+    child = ChildProcess("child", [str(theirs)], pass_fds=[theirs], environment=module, held_back=held_back)
+    os.kill(child.pid, signal.SIGTERM)
+    assert os.read(ours, 100), "it lives on"
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert child.end(PATIENCE_SECS)
+    assert "signal 9, SIGKILL" in child.how_it_ended()
+    child.close()
+    os.close(ours)
+    os.close(theirs)
+
+
 def test_output_without_end_keeps_its_end_and_little_memory() -> None:
     output = ChildOutput()
     try:

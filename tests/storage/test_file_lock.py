@@ -130,6 +130,18 @@ def test_where_there_are_no_locks_nobody_is_kept_from_saving(
     assert len(ops.of("close")) == len(ops.of("open_exclusive"))
 
 
+def test_a_lock_that_fails_for_the_moment_is_an_error_and_takes_no_file_from_its_holder(tmp_path: Path) -> None:
+    holder = has(LocalStorage().try_lock(str(tmp_path / "file")))
+    before = os.listdir(tmp_path)
+    ops = RecordingFileOps()
+    ops.fail("lock", errno.EIO)
+    with pytest.raises(StorageError):
+        LocalStorage(ops).try_lock(str(tmp_path / "file"))  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == before
+    assert len(ops.of("close")) == 1
+    holder.release()
+
+
 def test_a_directory_where_no_lock_can_be_made_is_an_error_of_storage(tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     with pytest.raises(StorageError, match="a file, not a directory"):

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 _LARGEST_OUTPUT = 1 << 20
 _READ_AT_ONCE = 64 << 10
@@ -86,7 +86,8 @@ class ChildProcess:
     """A child that runs ``python -m module``, from its start until it has been waited for.
 
     It gets the descriptors in ``pass_fds`` under their numbers, nothing on standard input, and ``output`` as its other
-    standard streams. All methods may be called by any thread; in a forked copy of the parent they do nothing.
+    standard streams. The signals ``held_back`` do not reach it before it lets them through (``pthread_sigmask``). All
+    methods may be called by any thread; in a forked copy of the parent they do nothing.
     """
 
     def __init__(
@@ -97,19 +98,21 @@ class ChildProcess:
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
         output: int = subprocess.DEVNULL,
+        held_back: Sequence[signal.Signals] = (),
     ) -> None:
         self._parent = os.getpid()
         self._lock = threading.Lock()
         # -P: what lies in the working directory must not stand in for a module.
-        self._popen = subprocess.Popen(
-            [sys.executable, "-u", "-P", "-m", module, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=pass_fds,
-            env=environment,
-            start_new_session=True,
-        )
+        with _signals_held_back(held_back):
+            self._popen = subprocess.Popen(
+                [sys.executable, "-u", "-P", "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=pass_fds,
+                env=environment,
+                start_new_session=True,
+            )
         self.pid: int = self._popen.pid
         # Its number cannot be given to another process before it has been waited for, which only this class does.
         self._pidfd = open_pidfd(self.pid)
@@ -179,6 +182,19 @@ class ChildProcess:
             pidfd, self._pidfd = self._pidfd, None
             if pidfd is not None:
                 os.close(pidfd)
+
+
+@contextlib.contextmanager
+def _signals_held_back(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """For this thread and what it starts meanwhile: a child begins with the mask of the thread that started it."""
+    if not signals or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class ProcessHandle:

@@ -15,6 +15,7 @@ from lastgood.errors import ConfigError
 from lastgood.types import RankInfo
 
 _LONGEST_TIMEOUT_SECS = 365 * 86400.0
+SIGNALS_TO_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
 _IOPRIO_WHO_PROCESS = 1
 _IOPRIO_BEST_EFFORT_LOWEST = (2 << 13) | 7
@@ -99,8 +100,10 @@ def _absolute_sys_path() -> list[str]:
 
 def ignore_signals_to_the_trainer() -> None:
     """The process leaves when the trainer is gone or says so, not when somebody ends the whole job: it finishes."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS_TO_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
+    # They were held back until now: one that came while the interpreter was starting would have ended it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS_TO_THE_TRAINER)
 
 
 def apply(launch: Launch) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from lastgood import _events
 from lastgood._process.child_process import ChildOutput, ChildProcess, ProcessHandle, open_pidfd
-from lastgood._process.launch import CheckpointProcessConfig, Launch, environment_of_child
+from lastgood._process.launch import SIGNALS_TO_THE_TRAINER, CheckpointProcessConfig, Launch, environment_of_child
 from lastgood._process.pending_save import PendingSave
 from lastgood._process.pipe import MessagePipe, Outbox, RequestType, WorkerRequest, WorkerResponse
 from lastgood._snapshot import Placement
@@ -208,6 +208,7 @@ class ProcessLink:
                 pass_fds=passed,
                 environment=environment_of_child(),
                 output=self._output.descriptor,
+                held_back=SIGNALS_TO_THE_TRAINER,
             )
         except BaseException:
             pipe.close()

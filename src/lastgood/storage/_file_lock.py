@@ -5,10 +5,11 @@ frees it. What a dead holder leaves behind is an empty file, which the next hold
 """
 
 import contextlib
+import errno
 import os
 
 from lastgood._events import logger
-from lastgood.storage.file_ops import FileOps
+from lastgood.storage.file_ops import NOT_SUPPORTED, FileOps
 
 _ATTEMPTS = 64
 
@@ -58,6 +59,9 @@ def try_file_lock(ops: FileOps, path: str) -> FileLock | None:
             if _is_named(ops, name, descriptor):
                 return FileLock(ops, name, descriptor)
         except OSError as error:
+            if error.errno not in NOT_SUPPORTED and error.errno != errno.ENOLCK:
+                ops.close(descriptor)
+                raise
             # No locks on this file system, as on some networks: then nobody else can hold one either.
             logger.info("no locks for %s (%s): two jobs that save there at once are not kept apart", path, error)
             with contextlib.suppress(OSError):
