@@ -14,7 +14,7 @@ from lastgood._staged_image import StagedImage
 from lastgood._threads import call_with_timeout
 from lastgood.errors import BarrierTimeoutError, CheckpointExistsError, ConfigError
 from lastgood.format.commit import lock_for_writing, publish_manifest, refuse_committed, wait_for_manifest
-from lastgood.format.index_head import IndexHead
+from lastgood.format.index_head import IndexHead, noted_in_head
 from lastgood.format.manifest import checkpoint_file, manifest_file
 from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend, StreamedWrite
@@ -98,7 +98,8 @@ class CheckpointWriter:
     def write(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> Future[None] | None:
         """Write ``state_dict`` to the directory ``path``; when this returns ``None``, the checkpoint is durable.
 
-        ``kwargs`` reach the hooks; ``step``, if given and an int, is noted in the file as well. Raises
+        ``kwargs`` reach the hooks; ``step`` (an int), ``saved_at`` (a float: seconds since 1970) and ``metrics`` (a
+        dict of numbers under strings), if given, are noted in the file as well. Raises
         :class:`~lastgood.errors.CheckpointExistsError` before anything is written when ``path`` holds a committed
         checkpoint that this save cannot replace in one step (only one rank's can, by one rank's), and
         :class:`~lastgood.errors.BarrierTimeoutError` when not all ranks arrive.
@@ -184,7 +185,7 @@ class CheckpointWriter:
     ) -> StreamedWrite:
         """All that this rank does before it meets the others; ``held`` is let go when the save is over."""
         directory = _directory(path)
-        upload = self._write_file(directory, save_id, prepare, kwargs.get("step"), held)
+        upload = self._write_file(directory, save_id, prepare, kwargs, held)
         try:
             if self._commit_hook is not None:
                 with _events.phase("pre_commit", directory, rank=self._rank_info.global_rank), self._in_hook():
@@ -201,7 +202,7 @@ class CheckpointWriter:
         directory: str,
         save_id: str,
         prepare: Callable[[], _WriteFile],
-        step: object,
+        kwargs: dict[str, Any],
         held: contextlib.ExitStack,
     ) -> StreamedWrite:
         rank, world_size = self._rank_info.global_rank, self._rank_info.global_world_size
@@ -216,8 +217,8 @@ class CheckpointWriter:
             save_id=save_id,
             rank=rank,
             world_size=world_size,
-            step=step if type(step) is int else None,
             independent=self._is_independent,
+            **noted_in_head(kwargs),
         )
         return write_file(head, checkpoint_file(directory, rank))
 

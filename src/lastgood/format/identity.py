@@ -15,7 +15,8 @@ from lastgood.storage.base import StoredFile
 class FileIdentity:
     """A file of ours: of which save, of which rank, and what tells it from every other file.
 
-    ``trailer_crc`` is the CRC-32 of its trailer, which covers the checksums of all else in the file.
+    ``trailer_crc`` is the CRC-32 of its trailer, which covers the checksums of all else in the file. ``step``,
+    ``saved_at`` and ``metrics`` are those of :class:`~lastgood.format.index.Index`.
     """
 
     save_id: str
@@ -24,6 +25,9 @@ class FileIdentity:
     independent: bool
     size: int
     trailer_crc: int
+    step: int | None = None
+    saved_at: float | None = None
+    metrics: dict[str, float | None] | None = None
 
 
 class _IndexHead(msgspec.Struct):
@@ -33,6 +37,9 @@ class _IndexHead(msgspec.Struct):
     rank: int
     world_size: int
     independent: bool
+    step: int | None
+    saved_at: float | None
+    metrics: dict[str, float | None] | None
 
 
 def read_identity(file: StoredFile) -> FileIdentity | None:
@@ -49,4 +56,4 @@ def read_identity(file: StoredFile) -> FileIdentity | None:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise corrupt(file.path, f"its index cannot be right: {error}") from error
     trailer_crc = crc32(ending.trailer_bytes)
-    return FileIdentity(head.save_id, head.rank, head.world_size, head.independent, file.size, trailer_crc)
+    return FileIdentity(**msgspec.structs.asdict(head), size=file.size, trailer_crc=trailer_crc)

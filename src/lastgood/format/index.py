@@ -196,7 +196,11 @@ class StorageEntry(msgspec.Struct, array_like=True, forbid_unknown_fields=True, 
 
 
 class Index(msgspec.Struct, forbid_unknown_fields=True):
-    """Everything a file says about itself. ``independent`` marks a rank's file that no manifest will join."""
+    """Everything a file says about itself. ``independent`` marks a rank's file that no manifest will join.
+
+    ``saved_at`` is the time of the save in seconds since 1970 (UTC), ``metrics`` what was measured of the model then;
+    ``None`` stands for a number that is not finite. Both are there if whoever saved gave them.
+    """
 
     format_version: int
     save_id: str
@@ -204,6 +208,8 @@ class Index(msgspec.Struct, forbid_unknown_fields=True):
     world_size: Count
     step: int | None
     independent: bool
+    saved_at: float | None
+    metrics: dict[str, float | None] | None
     byteorder: str
     pickle_size: Count
     storages: list[StorageEntry]

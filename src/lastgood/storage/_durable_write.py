@@ -296,15 +296,18 @@ def make_directories(ops: FileOps, existing: str, missing: list[str]) -> None:
         sync_directory(ops, os.path.dirname(directory))
 
 
-def clear_abandoned(ops: FileOps, directory: str, name: str) -> None:
-    """Remove the temporaries of ``name`` whose writers are dead. What cannot be told or removed stays, in silence."""
+def clear_abandoned(ops: FileOps, directory: str, name: str | None = None) -> None:
+    """Remove the temporaries of ``name`` (of every name) whose writers are dead.
+
+    What cannot be told or removed stays, in silence.
+    """
     try:
         entries = ops.list_directory(directory)
     except OSError:
         return
     for entry in entries:
         match = _TEMPORARY.fullmatch(entry)
-        if match is not None and match["name"] == name:
+        if match is not None and name in (None, match["name"]):
             _remove_if_abandoned(ops, os.path.join(directory, entry))
 
 

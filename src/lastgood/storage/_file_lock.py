@@ -72,6 +72,21 @@ def try_file_lock(ops: FileOps, path: str) -> FileLock | None:
     return None  # others go on taking it
 
 
+def clear_free_lock(ops: FileOps, name: str) -> None:
+    """Remove the file of a lock that nobody holds. What cannot be told or removed stays, in silence."""
+    try:
+        descriptor = ops.open_write(name)
+    except OSError:
+        return
+    try:
+        if ops.lock(descriptor) and _is_named(ops, name, descriptor):
+            ops.unlink(name)
+    except OSError as error:
+        logger.debug("left %s alone: %s", name, error)
+    finally:
+        ops.close(descriptor)
+
+
 def _open(ops: FileOps, name: str) -> int:
     for _ in range(_ATTEMPTS):
         try:

@@ -67,6 +67,14 @@ class StorageInTime:
     def delete(self, path: str) -> None:
         self._call(lambda: self._storage.delete(path), "delete", path, "The file may still be there.")
 
+    def rename(self, path: str, new_path: str) -> None:
+        safe = "It has either its old name or the new one."
+        self._call(lambda: self._storage.rename(path, new_path), "rename", path, safe)
+
+    def delete_directory(self, path: str) -> bool:
+        safe = "The directory may still be there."
+        return self._call(lambda: self._storage.delete_directory(path), "delete", path, safe)
+
     def _obtain(
         self, function: Callable[[], Result], undo: Callable[[Result], None], phase: str, path: str, safe: str
     ) -> Result:

@@ -96,3 +96,16 @@ class StorageBackend(Protocol):
 
     def delete(self, path: str) -> None:
         """Remove a file durably. A file that is not there is no error."""
+
+    def rename(self, path: str, new_path: str) -> None:
+        """Give a directory, with all that is in it, another name in the same parent: atomically and durably.
+
+        Raises :class:`~lastgood.errors.CheckpointExistsError` if that name is taken,
+        :class:`~lastgood.errors.CheckpointNotFoundError` if there is no such directory.
+        """
+
+    def delete_directory(self, path: str) -> bool:
+        """Remove a directory durably if nothing is in it but what dead writers have left; returns whether it is gone.
+
+        What living writers or others keep there stays, and so does the directory then.
+        """

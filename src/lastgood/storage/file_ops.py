@@ -101,6 +101,9 @@ class FileOps(Protocol):
     def make_directory(self, path: str) -> None:
         """Make one directory; its parent must exist."""
 
+    def remove_directory(self, path: str) -> None:
+        """Remove an empty directory; ``OSError`` with ``ENOTEMPTY`` (or ``EEXIST``) if something is in it."""
+
     def list_directory(self, path: str) -> list[str]:
         """The names in a directory, in no order."""
 
@@ -275,6 +278,9 @@ class OsFileOps:
 
     def make_directory(self, path: str) -> None:
         os.mkdir(path)
+
+    def remove_directory(self, path: str) -> None:
+        os.rmdir(path)
 
     def list_directory(self, path: str) -> list[str]:
         return os.listdir(path)

@@ -4,6 +4,7 @@ import contextlib
 import os
 
 from lastgood.errors import ConfigError
+from lastgood.storage._directories import remove_if_empty, rename_directory
 from lastgood.storage._durable_write import (
     DurableWrite,
     begin_durable_write,
@@ -14,7 +15,7 @@ from lastgood.storage._durable_write import (
     sync_directory,
 )
 from lastgood.storage._file_lock import FileLock, is_lock, try_file_lock
-from lastgood.storage._local_errors import UNCHANGED, translated
+from lastgood.storage._local_errors import UNCHANGED, name_taken, not_found, translated
 from lastgood.storage._local_read import LocalFile, open_local_file
 from lastgood.storage.base import Buffer
 from lastgood.storage.file_ops import FileOps, OsFileOps
@@ -90,6 +91,24 @@ class LocalStorage:
             # Even if it was gone already: whoever removed it may have died before that was durable.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 sync_directory(self._ops, os.path.dirname(absolute))
+
+    def rename(self, path: str, new_path: str) -> None:
+        source, target = _absolute(path), _absolute(new_path)
+        with translated("renaming", path, phase="rename", safe="It has its old name."):
+            try:
+                rename_directory(self._ops, source, target)
+            except FileNotFoundError as error:
+                raise not_found(path) from error
+            except FileExistsError as error:
+                raise name_taken(new_path) from error
+        safe = "It has its new name, but a power cut may bring back the old one."
+        with translated("fsyncing the directory of", new_path, phase="rename", safe=safe):
+            sync_directory(self._ops, os.path.dirname(target))
+
+    def delete_directory(self, path: str) -> bool:
+        absolute = _absolute(path)
+        with translated("deleting", path, phase="delete", safe="The directory may still be there."):
+            return remove_if_empty(self._ops, absolute)
 
 
 def _absolute(path: str) -> str:
