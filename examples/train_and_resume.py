@@ -10,29 +10,21 @@ import torch
 
 import lastgood
 
-path = sys.argv[1] if len(sys.argv) > 1 else "my-checkpoint"
+root = sys.argv[1] if len(sys.argv) > 1 else "my-run"
 model = torch.nn.Linear(16, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-step = 0
+state = {"model": model, "optimizer": optimizer}
 
-checkpointer = lastgood.make_async_checkpointer()  # 1
-try:
-    state = checkpointer.load(path)  # 2: verified, or an error that says what is damaged
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    step = state["step"]
-    print(f"resumed at step {step}")
-except lastgood.CheckpointNotFoundError:
-    print("starting afresh")
+with lastgood.CheckpointManager(root, every_steps=100, keep=lastgood.KeepLast(3)) as manager:  # 1
+    start = manager.restore(state)  # 2: the newest good one, verified; those that are damaged are passed over
+    print("starting afresh" if start is None else f"resumed at step {start}")
 
-while step < 1000:
-    inputs = torch.randn(64, 16)
-    loss = (model(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    step += 1
-    if step % 100 == 0:
-        print(f"step {step}, loss {loss.item():.4f}")
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        checkpointer.save(path, state)  # 3: of this moment, and the one before is there until it is durable
+    for step in range((start or 0) + 1, 1001):
+        inputs = torch.randn(64, 16)
+        loss = (model(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        manager.save_if_due(step, state)  # 3: of this moment; old ones go once a newer one is durable
+        if step % 100 == 0:
+            print(f"step {step}, loss {loss.item():.4f}")

@@ -15,6 +15,7 @@ __all__ = [
     "BarrierConfig",
     "BarrierTimeoutError",
     "CheckpointExistsError",
+    "CheckpointManager",
     "CheckpointNotFoundError",
     "CheckpointProcess",
     "CheckpointProcessConfig",
@@ -29,9 +30,16 @@ __all__ = [
     "ConfigError",
     "CorruptCheckpointError",
     "DefaultStager",
+    "Event",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "KeepPerTimeSpan",
+    "KeepSteps",
     "LastgoodError",
     "MissingKeysError",
     "RankInfo",
+    "SaveRecord",
     "SaveTimeoutError",
     "StagingError",
     "StorageError",
@@ -48,10 +56,15 @@ __all__ = [
     "make_async_checkpointer",
     "make_sync_checkpointer",
     "save",
+    "subscribe",
 ]
 
 # Where each public name lives. Type checkers read the imports below instead; a test holds the two together.
 _HOMES = {
+    "_events": (
+        "Event",
+        "subscribe",
+    ),
     "_single_file": (
         "load",
         "save",
@@ -97,6 +110,15 @@ _HOMES = {
         "UnsafeValueWarning",
         "UnsupportedStateError",
     ),
+    "manager.checkpoint_manager": ("CheckpointManager",),
+    "manager.retention": (
+        "KeepBest",
+        "KeepEvery",
+        "KeepLast",
+        "KeepPerTimeSpan",
+        "KeepSteps",
+    ),
+    "manager.run_log": ("SaveRecord",),
     "staging": (
         "CheckpointStager",
         "CheckpointStagerConfig",
@@ -107,6 +129,7 @@ _HOMES = {
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
+    from lastgood._events import Event, subscribe
     from lastgood._single_file import load, save
     from lastgood.barriers import BarrierConfig
     from lastgood.builder import make_async_checkpointer, make_sync_checkpointer
@@ -135,6 +158,9 @@ if TYPE_CHECKING:
         UnsafeValueWarning,
         UnsupportedStateError,
     )
+    from lastgood.manager.checkpoint_manager import CheckpointManager
+    from lastgood.manager.retention import KeepBest, KeepEvery, KeepLast, KeepPerTimeSpan, KeepSteps
+    from lastgood.manager.run_log import SaveRecord
     from lastgood.staging import CheckpointStager, CheckpointStagerConfig, DefaultStager
     from lastgood.types import RankInfo
 else:

@@ -4,10 +4,12 @@ Logs, progress lines and metrics subscribe here; the code that does the work onl
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 logger = logging.getLogger("lastgood")
 
@@ -28,9 +30,21 @@ class Event:
     error: BaseException | None
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a phase has come: ``done`` of ``total`` bytes."""
+
+    phase: str
+    path: str
+    done: int
+    total: int
+
+
 Subscriber = Callable[[Event], None]
+ProgressSubscriber = Callable[[Progress], None]
 
 _subscribers: list[Subscriber] = []
+_progress_subscribers: list[ProgressSubscriber] = []
 
 
 def subscribe(subscriber: Subscriber) -> Callable[[], None]:
@@ -38,11 +52,20 @@ def subscribe(subscriber: Subscriber) -> Callable[[], None]:
 
     An exception in a subscriber is logged and goes no further: watching a save cannot fail it.
     """
-    _subscribers.append(subscriber)
+    return _add(_subscribers, subscriber)
+
+
+def subscribe_to_progress(subscriber: ProgressSubscriber) -> Callable[[], None]:
+    """Call ``subscriber`` each time that some MiB have been read or written; returns what undoes this."""
+    return _add(_progress_subscribers, subscriber)
+
+
+def _add(subscribers: list[Any], subscriber: Any) -> Callable[[], None]:
+    subscribers.append(subscriber)
 
     def unsubscribe() -> None:
-        if subscriber in _subscribers:
-            _subscribers.remove(subscriber)
+        if subscriber in subscribers:
+            subscribers.remove(subscriber)
 
     return unsubscribe
 
@@ -58,18 +81,45 @@ def phase(name: str, path: str, *, rank: int | None = None, nbytes: int | None =
         error = raised
         raise
     finally:
-        _publish(Event(name, path, rank, time.perf_counter() - start, nbytes, error))
+        publish(Event(name, path, rank, time.perf_counter() - start, nbytes, error))
 
 
-def _publish(event: Event) -> None:
+def publish(event: Event) -> None:
+    """Tell all subscribers of a phase that has ended somewhere else, or that is no block of code."""
     if event.error is None:
         logger.debug("%s of %s took %.3f s", event.phase, event.path, event.seconds)
     else:
         logger.debug("%s of %s failed after %.3f s: %r", event.phase, event.path, event.seconds, event.error)
-    for subscriber in tuple(_subscribers):
+    _tell(_subscribers, event)
+
+
+class ByteMeter:
+    """Counts the bytes of a phase as they are moved, by several threads, and tells the subscribers to progress."""
+
+    def __init__(self, phase: str, path: str, total: int) -> None:
+        self._phase = phase
+        self._path = path
+        self._total = total
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """So many more have been moved."""
+        with self._lock:
+            self._done += count
+            done = self._done
+        if _progress_subscribers:
+            publish_progress(Progress(self._phase, self._path, done, self._total))
+
+
+def publish_progress(progress: Progress) -> None:
+    """Tell all subscribers to progress."""
+    _tell(_progress_subscribers, progress)
+
+
+def _tell(subscribers: list[Any], news: Event | Progress) -> None:
+    for subscriber in tuple(subscribers):
         try:
-            subscriber(event)
+            subscriber(news)
         except Exception:
-            logger.exception(
-                "a subscriber to lastgood's events raised; the event was %s of %s", event.phase, event.path
-            )
+            logger.exception("a subscriber to lastgood's events raised; the event was %s of %s", news.phase, news.path)

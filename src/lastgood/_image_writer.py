@@ -85,8 +85,9 @@ def write_image(image: FileImage, upload: StreamedWrite, path: str, *, no_progre
 class PieceWriters:
     """Threads that write pieces of one file, and give each piece's buffer back when it is written."""
 
-    def __init__(self, upload: StreamedWrite, path: str, thread_count: int, timeout_secs: float) -> None:
+    def __init__(self, upload: StreamedWrite, path: str, size: int, thread_count: int, timeout_secs: float) -> None:
         self._upload = upload
+        self._meter = _events.ByteMeter("write", path, size)
         self._path = path
         self._timeout_secs = timeout_secs
         self._full: queue.Queue[_Piece | None] = queue.Queue()
@@ -133,6 +134,7 @@ class PieceWriters:
             try:
                 if self._failure is None:
                     self._upload.write_at(offset, buffer[:count])
+                    self._meter.add(count)
             except BaseException as error:
                 self._failure = error
             self._written.put(buffer)
@@ -143,7 +145,7 @@ class _Transfer:
 
     def __init__(self, upload: StreamedWrite, path: str, size: int, timeout_secs: float) -> None:
         piece_count = -(-size // PIECE_SIZE)
-        self._writers = PieceWriters(upload, path, min(WRITER_THREADS, piece_count), timeout_secs)
+        self._writers = PieceWriters(upload, path, size, min(WRITER_THREADS, piece_count), timeout_secs)
         self._unused = [aligned_buffer(min(PIECE_SIZE, size)) for _ in range(min(BUFFER_COUNT, piece_count))]
         self._queued = 0
         self._offset = 0

@@ -124,7 +124,7 @@ class StagedImage:
         )
 
     def _write(self, head: IndexHead, layout: Layout, upload: StreamedWrite, path: str, timeout_secs: float) -> None:
-        writers = PieceWriters(upload, path, WRITER_THREADS, timeout_secs)
+        writers = PieceWriters(upload, path, layout.file_size, WRITER_THREADS, timeout_secs)
         handed_over = pieces = 0
         try:
             steps = finish(self._memory, layout, head, self.index_body, lambda end: self.wait_for(end, timeout_secs))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lastgood._loading.file import load_file
+from lastgood._loading.merge import CheckKeys
 from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS
 from lastgood._loading.values import MapLocation
 from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError, UncommittedCheckpointError
@@ -33,6 +34,7 @@ class CheckpointReader:
         verify_first: bool = False,
         mmap: bool = False,
         allow_uncommitted: bool = False,
+        check_keys: CheckKeys | None = None,
         **kwargs: Any,
     ) -> tuple[STATE_DICT, list[str]]:
         """The state saved by this rank in the directory ``path``, and the wanted keys that it does not hold.
@@ -45,8 +47,9 @@ class CheckpointReader:
 
         ``verify`` compares all that is read with its checksums; ``verify_first`` checks the whole file before any
         target is touched; ``mmap`` maps the file and checks nothing but its index; ``allow_uncommitted`` reads a file
-        of several ranks whose save was never committed. ``map_location`` is that of ``torch.load``. Other arguments
-        are accepted and ignored.
+        of several ranks whose save was never committed. ``check_keys`` is called with two lists of key paths, the missing
+        ones and those of the wanted dicts that are saved and not wanted, before any target is touched, and may raise.
+        ``map_location`` is that of ``torch.load``. Other arguments are accepted and ignored.
         """
         rank = self._rank_info.global_rank
         file_path = checkpoint_file(path, rank)
@@ -69,6 +72,7 @@ class CheckpointReader:
                 verify=verify,
                 verify_first=verify_first,
                 admit=admit,
+                check_keys=check_keys,
             )
         finally:
             file.close()

@@ -8,7 +8,7 @@ import torch
 from lastgood import _events
 from lastgood._loading.foreign import load_foreign, verify_foreign
 from lastgood._loading.foreign_into import load_foreign_into
-from lastgood._loading.merge import Merge
+from lastgood._loading.merge import CheckKeys, Merge
 from lastgood._loading.opaque_values import OpaqueValues, load_opaque_values
 from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data, read_parts, read_whole
 from lastgood._loading.targets import copy_into, in_pieces, naming_undefined_targets, split_targets
@@ -44,11 +44,12 @@ def load_file(
     verify: bool = True,
     verify_first: bool = False,
     admit: Callable[[Archive | None], None] = lambda archive: None,
+    check_keys: CheckKeys | None = None,
 ) -> tuple[Any, list[str]]:
     """What is in the file, and the key paths of ``target`` that are not.
 
     ``admit`` sees the archive (``None``: lastgood did not write the file) before anything of it is used, and may
-    refuse it by raising.
+    refuse it by raising; so may ``check_keys``, for a target, before anything is changed.
     """
     if mmap and (target is not None or verify_first):
         raise ConfigError("mmap=True maps the file and reads nothing: it goes with neither a target nor verify_first")
@@ -59,7 +60,7 @@ def load_file(
         admit(archive)
         if archive is None:
             if target is not None:
-                return load_foreign_into(file, target, map_location, check=verify or verify_first)
+                return load_foreign_into(file, target, map_location, check=verify or verify_first, check_keys=check_keys)
             return load_foreign(file, map_location=map_location, mmap=mmap, check=verify, check_data=not mmap), []
         if archive.index.byteorder != native_byteorder():
             raise ConfigError(f"{file.path} was written on a {archive.index.byteorder}-endian machine", path=file.path)
@@ -70,7 +71,7 @@ def load_file(
                 return _map(archive, map_location), []
             if target is None:
                 return _load_new(archive, map_location, check=verify), []
-            return _load_into(archive, target, map_location, check=verify)
+            return _load_into(archive, target, map_location, check=verify, check_keys=check_keys)
         except InvalidIndexError as error:
             raise _impossible(archive, error) from error
 
@@ -149,10 +150,12 @@ def _map_same_file(archive: Archive) -> torch.UntypedStorage:
     return mapped
 
 
-def _load_into(archive: Archive, target: Any, map_location: MapLocation, *, check: bool) -> tuple[Any, list[str]]:
+def _load_into(
+    archive: Archive, target: Any, map_location: MapLocation, *, check: bool, check_keys: CheckKeys | None
+) -> tuple[Any, list[str]]:
     index = archive.index
     table = ObjectTable(archive.nodes)
-    merge = Merge(table, archive.file.path)
+    merge = Merge(table, archive.file.path, check_keys)
     merge.plan(target, index.root)
     pool = StoragePool(index.storages, map_location)
     wanted = [*merge.fresh, *(node for _, _, node in merge.in_place)]

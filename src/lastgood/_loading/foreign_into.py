@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lastgood._loading.foreign import load_foreign
-from lastgood._loading.merge import Merge
+from lastgood._loading.merge import CheckKeys, Merge
 from lastgood._loading.targets import copy_into, naming_undefined_targets
 from lastgood._loading.values import MapLocation, ObjectTable, StoragePool, ValueBuilder, copy_of, relocated
 from lastgood.capture import describe_loaded
@@ -25,7 +25,7 @@ from lastgood.storage.base import StoredFile
 
 
 def load_foreign_into(
-    file: StoredFile, target: Any, map_location: MapLocation, *, check: bool
+    file: StoredFile, target: Any, map_location: MapLocation, *, check: bool, check_keys: CheckKeys | None = None
 ) -> tuple[Any, list[str]]:
     """``target`` with the values of the file, and the key paths of it that the file does not have.
 
@@ -41,7 +41,7 @@ def load_foreign_into(
     described = describe_loaded(load_foreign(file, map_location=stay, mmap=True, check=check))
     root = described.index.root
     table = ObjectTable([node for node, _ in walk_nodes(root)])
-    merge = Merge(table, file.path)
+    merge = Merge(table, file.path, check_keys)
     merge.plan(target, root)
     merge.check_opaque(described.opaque)
 

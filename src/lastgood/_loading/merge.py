@@ -21,6 +21,10 @@ from lastgood.format.index import (
 )
 
 
+CheckKeys = Callable[[list[str], list[str]], None]
+"""Told of the keys that are missing from a file, and of those of it that nobody wants; may refuse by raising."""
+
+
 class _Fresh:
     """Stands for a value that will be newly made from a node."""
 
@@ -36,11 +40,14 @@ class Merge:
     """A plan to load a file into a nested target: made first, carried out only when it holds.
 
     ``missing`` lists the paths of keys that the file does not have, ``in_place`` the tensors to be filled,
-    ``fresh`` the nodes of what must be newly made.
+    ``fresh`` the nodes of what must be newly made, and ``unread``, if ``check_keys`` is given, the keys that the file
+    has in mappings of the target's and the target has not.
     """
 
-    def __init__(self, table: ObjectTable, path: str) -> None:
+    def __init__(self, table: ObjectTable, path: str, check_keys: CheckKeys | None = None) -> None:
         self.missing: list[str] = []
+        self.unread: list[str] = []
+        self._check_keys = check_keys
         self.in_place: list[tuple[str, torch.Tensor, TensorNode | OpaqueNode]] = []
         self.fresh: list[TensorNode | OpaqueNode] = []
         self._table = table
@@ -51,10 +58,13 @@ class Merge:
         self._root: Any = None
 
     def plan(self, target: Any, root: Node) -> None:
-        """Compare; raises :class:`~lastgood.errors.TargetMismatchError`, before anything has been changed."""
+        """Compare; raises :class:`~lastgood.errors.TargetMismatchError`, or what ``check_keys`` raises, before
+        anything has been changed."""
         self._root = self._visit(target, root, "")
         if isinstance(target, (MutableMapping, list)) and self._root is not target:
             raise self._other_kind("", target)
+        if self._check_keys is not None:
+            self._check_keys(self.missing, self.unread)
 
     def check_opaque(self, opaque: Callable[[OpaqueNode], Any]) -> None:
         """Compare the targets of opaque values, once these are loaded and before anything has been changed."""
@@ -115,6 +125,8 @@ class Merge:
             result = self._visit(wanted, saved[key], key_path)
             if result is not wanted:
                 self._assignments.append((target, key, result))
+        if self._check_keys is not None:
+            self.unread += [join_path(path, key) for key in saved if key not in target]
         return target
 
     def _seen_before(self, target: Any, node: Node) -> bool:

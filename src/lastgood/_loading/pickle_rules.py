@@ -236,7 +236,8 @@ class PickleRules:
         return DictSymbol(has_state=True)
 
     def _size(self, lengths: Any) -> Any:
-        if not isinstance(lengths, TupleSymbol) or not all(map(is_count, lengths.items)):
+        # Its numbers may be negative; where it is a tensor's size, that is judged there.
+        if not isinstance(lengths, TupleSymbol) or not all(type(length) is int for length in lengths.items):
             return None
         self._spend(_ITEM_COST * len(lengths.items))
         return lengths

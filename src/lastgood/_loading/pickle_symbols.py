@@ -61,12 +61,13 @@ class ListSymbol:
 
 
 class DictSymbol:
-    """A dict; ``has_state`` if it is of a kind whose objects have attributes (OrderedDict, Counter)."""
+    """A dict: its keys and values in turn. ``has_state`` if its objects have attributes (OrderedDict, Counter)."""
 
-    __slots__ = ("has_state",)
+    __slots__ = ("has_state", "items")
 
     def __init__(self, *, has_state: bool) -> None:
         self.has_state = has_state
+        self.items: list[Any] = []
 
 
 class BytesSymbol:
@@ -81,7 +82,17 @@ class BytesSymbol:
 PLAIN = object()
 """A value of a kind that nothing is made of: a set, a device, a dtype's bytes."""
 
-USERS = object()
+
+class UsersSymbol:
+    """A value made by something that is none of torch's: a user has to allow it. ``name`` is what is called."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+USERS = UsersSymbol("")
 """A value made by something that the user has allowed."""
 
 

@@ -10,18 +10,40 @@ the file really holds, and may not multiply what it holds. Calls of what the use
 import pickle
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
-from lastgood._loading.pickle_rules import PickleRules
 from lastgood._loading.pickle_symbols import (
     PLAIN,
-    USERS,
     DictSymbol,
     GlobalSymbol,
     ListSymbol,
     StorageSymbol,
     TupleSymbol,
+    UsersSymbol,
 )
+
+
+class Rules(Protocol):
+    """What the calls of a pickle make, in symbols; and how a pickle is refused."""
+
+    def unsafe(self, what: str) -> NoReturn:
+        """Refuse the pickle for what it would do."""
+
+    def broken(self, what: str) -> NoReturn:
+        """Refuse the pickle for what cannot be."""
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        """A call of ``function``."""
+
+    def create(self, cls: Any, arguments: Any) -> Any:
+        """An object made by ``cls.__new__``."""
+
+    def set_state(self, instance: Any, state: Any) -> None:
+        """The setting of an object's attributes."""
+
+    def use_as_key(self, key: Any) -> None:
+        """The use of a value as a key of a dict."""
+
 
 ClaimStorage = Callable[[tuple[Any, ...]], StorageSymbol]
 """The storage behind a persistent id; raises if the file does not hold it."""
@@ -34,7 +56,7 @@ class IncompletePickleError(Exception):
 
 
 def walk_pickle(
-    data: bytes | bytearray | memoryview, start: int, rules: PickleRules, claim_storage: ClaimStorage
+    data: bytes | bytearray | memoryview, start: int, rules: Rules, claim_storage: ClaimStorage
 ) -> tuple[Any, int]:
     """What stands for the value of the pickle that begins at ``start``, and the offset just after it.
 
@@ -52,7 +74,7 @@ class _Walker:
     """The unpickler's stack, marks and memo, filled with symbols."""
 
     def __init__(
-        self, data: bytes | bytearray | memoryview, position: int, rules: PickleRules, claim_storage: ClaimStorage
+        self, data: bytes | bytearray | memoryview, position: int, rules: Rules, claim_storage: ClaimStorage
     ) -> None:
         self.position = position
         self._data = memoryview(data)
@@ -161,21 +183,26 @@ class _Walker:
         found = self._stack[-1]
         if isinstance(found, ListSymbol):
             found.items.extend(items)
-        elif found is not USERS:
+        elif not isinstance(found, UsersSymbol):
             raise ValueError("items for what is not a list")
 
     def _set_item(self) -> None:
-        self._stack.pop()
-        self._set_keys([self._stack.pop()])
+        value, key = self._stack.pop(), self._stack.pop()
+        self._add_keys([key, value])
 
     def _set_items(self) -> None:
-        self._set_keys(self._pop_mark()[::2])
+        self._add_keys(self._pop_mark())
 
-    def _set_keys(self, keys: list[Any]) -> None:
-        if self._stack[-1] is not USERS and not isinstance(self._stack[-1], DictSymbol):
-            raise ValueError("keys for what is not a dict")
-        for key in keys:
+    def _add_keys(self, keys_and_values: list[Any]) -> None:
+        found = self._stack[-1]
+        if len(keys_and_values) % 2:
+            raise ValueError("a key without a value")
+        for key in keys_and_values[::2]:
             self._rules.use_as_key(key)
+        if isinstance(found, DictSymbol):
+            found.items.extend(keys_and_values)
+        elif not isinstance(found, UsersSymbol):
+            raise ValueError("keys for what is not a dict")
 
     def _text(self) -> None:
         size = _U32.unpack(self._take(4))[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from lastgood import _events
 from lastgood._memory import address_of, copy_memory, memory_at
 from lastgood._threads import run_all
 from lastgood.errors import CorruptCheckpointError, StorageError, corrupt
@@ -82,6 +83,8 @@ def check_pickle(archive: Archive, pickle_bytes: memoryview) -> None:
 
 
 def _execute(archive: Archive, reads: list[Read], addresses: Mapping[int, int], *, check: bool, owner: object) -> None:
+    meter = _events.ByteMeter("read", archive.file.path, sum(read.size for read in reads))
+
     def execute(read: Read, owner: object = owner) -> None:
         if isinstance(read, DirectRead):
             _read_direct(archive, read, check=check)
@@ -89,6 +92,7 @@ def _execute(archive: Archive, reads: list[Read], addresses: Mapping[int, int], 
             _read_and_scatter(archive, read, check=check)
         else:
             _read_records(archive, read, addresses)
+        meter.add(read.size)
 
     threads = READER_THREADS if archive.file.size > _SMALL_FILE else _SMALL_FILE_THREADS
     run_all(reads, execute, threads, NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(archive.file.path), name="read")

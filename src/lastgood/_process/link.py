@@ -280,7 +280,7 @@ class ProcessLink:
             with self._lock:
                 save = self._saves.pop(payload["save"], None)
             for event in payload.get("events", ()):
-                _events._publish(event)
+                _events.publish(event)
             if save is not None:
                 error = None if response.success else self._error_of(response, save.path)
                 _in_background(lambda: save.end(error))
@@ -291,6 +291,9 @@ class ProcessLink:
             self.needs_state_dicts = payload["needs_state_dicts"]
             self._is_ready = True
             _in_background(lambda: self.created.set_result(None))
+        elif response.request_type is RequestType.PING and "heartbeat" in payload:
+            if payload["heartbeat"] is not None:
+                _events.publish_progress(payload["heartbeat"])
         elif response.request_type is RequestType.PING and "ping" in payload:
             with self._lock:
                 answer = self._pings.pop(payload["ping"], None)

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from lastgood import _events
 from lastgood._process.jobs import JobQueue
 from lastgood._process.launch import CheckpointProcessConfig
 from lastgood._process.pipe import MessagePipe, Outbox, Received, RequestType, WorkerResponse, close_all
@@ -73,12 +74,17 @@ class TrainerWatch:
         self._silent = 0.0
         self._phase = ""
         self._progress = Progress()
+        self._written: _events.Progress | None = None
 
     def start(self, received: list[Received]) -> None:
         """Begin, with messages that have come already."""
+        _events.subscribe_to_progress(self._note_progress)
         for message in received:
             self._take(message)
         threading.Thread(target=self._run, name="lastgood-trainer-watch", daemon=True).start()
+
+    def _note_progress(self, progress: _events.Progress) -> None:
+        self._written = progress
 
     def answer(self, response: WorkerResponse) -> None:
         """Send it to the trainer, if there still is one."""
@@ -165,7 +171,8 @@ class TrainerWatch:
         if not self._jobs.has_work or self._trainer_is_gone or self._pipe.has_unsent:
             return
         if self._gets_on():
-            self._pipe.queue(WorkerResponse(RequestType.PING, True, payload={"heartbeat": True}))
+            self._pipe.queue(WorkerResponse(RequestType.PING, True, payload={"heartbeat": self._written}))
+            self._written = None
 
     def _gets_on(self) -> bool:
         job = self._jobs.current

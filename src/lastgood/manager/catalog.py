@@ -122,7 +122,11 @@ def read_catalog(storage: StorageBackend, root: str) -> Catalog:
 
 def read_entry(storage: StorageBackend, root: str, step: int) -> Entry:
     """The entry of one step; ``UNFINISHED`` if there is nothing."""
-    path = os.path.join(root, step_name(step))
+    return read_entry_at(storage, os.path.join(root, step_name(step)), step)
+
+
+def read_entry_at(storage: StorageBackend, path: str, step: int) -> Entry:
+    """The entry of a checkpoint's directory of whatever name, such as that of one set aside."""
     try:
         names = storage.list(path)
         manifest = read_manifest(storage, path) if MANIFEST_NAME in names else None
@@ -146,7 +150,7 @@ def _judge(storage: StorageBackend, step: int, path: str, files: set[int], manif
             condition=condition,
             problem=problem,
             world_size=first.world_size,
-            nbytes=_size(storage, path, first, files) if manifest is None else sum(file.size for file in manifest.files),
+            nbytes=sum(file.size for file in manifest.files) if manifest else _size(storage, path, first, files),
             saved_at=first.saved_at,
             metrics=first.metrics,
             save_id=first.save_id,

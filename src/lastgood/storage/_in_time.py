@@ -51,6 +51,9 @@ class StorageInTime:
     def put_if_absent(self, path: str, data: Buffer) -> None:
         self._call(lambda: self._storage.put_if_absent(path, data), "put", path, _UNKNOWN)
 
+    def append(self, path: str, data: Buffer) -> None:
+        self._call(lambda: self._storage.append(path, data), "append", path, "Some of it may have been added.")
+
     def open(self, path: str) -> StoredFile:
         return _FileInTime(self.open_unwatched(path), self._call)
 

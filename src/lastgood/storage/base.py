@@ -85,6 +85,13 @@ class StorageBackend(Protocol):
     def put_if_absent(self, path: str, data: Buffer) -> None:
         """Like :meth:`put`, but raises :class:`~lastgood.errors.CheckpointExistsError` if the name is taken."""
 
+    def append(self, path: str, data: Buffer) -> None:
+        """Add to the end of a file, which is made if it is not there, with missing parent directories.
+
+        For logs: nothing is durable when this returns, and a crash may leave the last bytes out or torn. Appends of
+        several writers do not overwrite each other.
+        """
+
     def open(self, path: str) -> StoredFile:
         """Open for reading; raises :class:`~lastgood.errors.CheckpointNotFoundError` if there is no such file."""
 

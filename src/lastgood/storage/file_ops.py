@@ -52,6 +52,9 @@ class FileOps(Protocol):
     def open_write(self, path: str) -> int:
         """Open an existing file for reading and writing."""
 
+    def open_append(self, path: str) -> int:
+        """Open a file, made if it is not there, so that each write goes to its end wherever else it is aimed."""
+
     def close(self, descriptor: int) -> None:
         """Close; the descriptor is gone even when this raises."""
 
@@ -218,6 +221,9 @@ class OsFileOps:
 
     def open_write(self, path: str) -> int:
         return os.open(path, os.O_RDWR | _CLOSE_ON_EXEC)
+
+    def open_append(self, path: str) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _CLOSE_ON_EXEC, 0o666)
 
     def close(self, descriptor: int) -> None:
         os.close(descriptor)

@@ -20,6 +20,8 @@ from lastgood.storage._local_read import LocalFile, open_local_file
 from lastgood.storage.base import Buffer
 from lastgood.storage.file_ops import FileOps, OsFileOps
 
+_ATTEMPTS = 16
+
 
 class LocalStorage:
     """The :class:`~lastgood.storage.base.StorageBackend` of local (and mounted network) file systems.
@@ -42,10 +44,13 @@ class LocalStorage:
         absolute = _absolute(path)
         directory = os.path.dirname(absolute)
         with translated("locking", path, phase="lock"):
-            existing, missing = existing_part(self._ops, directory, absolute)
-            if missing:
-                make_directories(self._ops, existing, missing)
-            return try_file_lock(self._ops, absolute)
+            for _ in range(_ATTEMPTS):
+                existing, missing = existing_part(self._ops, directory, absolute)
+                if missing:
+                    make_directories(self._ops, existing, missing)
+                with contextlib.suppress(FileNotFoundError):  # somebody has just removed the empty directory
+                    return try_file_lock(self._ops, absolute)
+            return None
 
     def put(self, path: str, data: Buffer) -> None:
         self._put(path, data, replace=True)
@@ -61,6 +66,21 @@ class LocalStorage:
             write.commit(replace=replace)
         finally:
             write.abort()
+
+    def append(self, path: str, data: Buffer) -> None:
+        absolute, left = _absolute(path), memoryview(data).cast("B")
+        with translated("appending to", path, phase="append", safe="Some of it may have been added."):
+            existing, missing = existing_part(self._ops, os.path.dirname(absolute), absolute)
+            if missing:
+                make_directories(self._ops, existing, missing)
+            descriptor = self._ops.open_append(absolute)
+            try:
+                while left:
+                    # At the file's end, whatever the offset says: that is what it was opened for.
+                    with contextlib.suppress(InterruptedError):
+                        left = left[self._ops.pwrite(descriptor, left, 0) :]
+            finally:
+                self._ops.close(descriptor)
 
     def open(self, path: str) -> LocalFile:
         _absolute(path)

@@ -125,6 +125,8 @@ def forge(
         "world_size": 1,
         "step": None,
         "independent": False,
+        "saved_at": None,
+        "metrics": None,
         "byteorder": sys.byteorder,
         "pickle_size": 0,
         **header,

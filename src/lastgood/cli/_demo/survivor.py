@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from lastgood._process.child_process import open_pidfd
-from lastgood.cli._demo.directories import step_directories
+from lastgood.manager.catalog import step_of
 
 _File: TypeAlias = tuple[int, int]
 """Tells a file from the one that replaces it: its number and its time."""
@@ -40,8 +40,10 @@ class Survivor:
 
     def _files(self) -> dict[int, _File]:
         found = {}
-        for step, path in step_directories(self._checkpoints).items():
-            with contextlib.suppress(FileNotFoundError):
-                status = (path / "checkpoint_0.pt").stat()
-                found[step] = (status.st_ino, status.st_mtime_ns)
+        for file in self._checkpoints.glob("*/checkpoint_0.pt"):
+            step = step_of(file.parent.name)
+            if step is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    status = file.stat()
+                    found[step] = (status.st_ino, status.st_mtime_ns)
         return found

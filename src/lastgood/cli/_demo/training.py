@@ -1,23 +1,21 @@
 """A training script that may be killed at any moment: ``python -m lastgood.cli._demo.training SETTINGS``.
 
-Read :func:`train`. What it takes to lose nothing but the steps since the last checkpoint:
+Read :func:`train`. What it takes to lose nothing but the steps since the last checkpoint are three lines:
 
-- one object knows everything that changes while training, and gives it as a state dict (:class:`Training`);
-- ``checkpointer.save(path, state)`` every few steps: the training goes on at once, and another process writes. What is
-  staged survives the death of this process, and what is durable even a power cut;
-- ``checkpointer.load(path)`` at the start, for the newest checkpoint that is good;
-- an old checkpoint is removed only once a newer one is durable;
-- ``checkpointer.close()`` at the end, which waits for what is still being written.
+- ``with CheckpointManager(root, every_steps=..., keep=...) as manager``: it knows where, when and what to keep, and at
+  the end of the block it waits for what is still being written;
+- ``manager.restore(state)`` at the start, from the newest checkpoint that is good;
+- ``manager.save_if_due(step, state)`` after every step: the training goes on at once, and another process writes. What
+  is staged survives the death of this process, and what is durable even a power cut.
 
 The script reports what it does on its standard output, for the demo that started it.
 """
 
+import random
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,20 +23,15 @@ import torch
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lastgood import (
-    AsyncCheckpointer,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    UnsafeCheckpointError,
-    make_async_checkpointer,
-)
+from lastgood import AsyncCheckpointer, CheckpointManager, KeepLast
 from lastgood.cli._demo.batches import Batches
 from lastgood.cli._demo.corpus import read_corpus
-from lastgood.cli._demo.directories import step_directories
 from lastgood.cli._demo.fingerprint import fingerprint
 from lastgood.cli._demo.model import GPT
-from lastgood.cli._demo.protocol import Event, Finished, Resumed, Settings, StepDone, encode
-from lastgood.cli._demo.saves import Saves, held_back
+from lastgood.cli._demo.protocol import Event, Finished, Resumed, SaveBegins, Settings, StepDone, encode
+from lastgood.cli._demo.saves import held_back, reported_saves
+from lastgood.manager.random_states import RANDOM_STATES_KEY, take_random_states
+from lastgood.manager.state import state_dict_of
 
 _LEARNING_RATE = 2e-3
 
@@ -48,12 +41,21 @@ def train(settings: Settings, report: Callable[[Event], None]) -> None:
 
     ``report`` is called by several threads.
     """
-    directory = Path(settings.checkpoints)
-    with closing(make_async_checkpointer()) as checkpointer:
-        training = Training(settings)
-        resumed = resume(training, checkpointer, directory)
-        report(resumed)
-        saves = Saves(checkpointer, directory, keep=settings.keep, report=report)
+    training = Training(settings)
+    with (
+        reported_saves(report),
+        CheckpointManager(
+            settings.checkpoints,
+            every_steps=settings.save_every,
+            keep=KeepLast(settings.keep),
+            random_states=True,
+            on_failure="raise",
+        ) as manager,
+    ):
+        started = time.perf_counter()
+        training.step = manager.restore(training.state) or 0
+        passed_over = tuple(passed.problem for passed in manager.passed_over if passed.is_damaged)
+        report(Resumed(training.step, time.perf_counter() - started, passed_over, _writer_of(manager)))
 
         while training.step < settings.steps:
             started = time.perf_counter()
@@ -61,23 +63,18 @@ def train(settings: Settings, report: Callable[[Event], None]) -> None:
                 loss = training.take_step()
             report(StepDone(training.step, loss, time.perf_counter() - started, sum(held)))
 
-            if training.step == resumed.step + 1:
-                # Now that the optimizer has its state, too. Should this fail, the save will say so.
-                checkpointer.prewarm(training.state_dict())
-            if training.step % settings.save_every == 0 or training.step == settings.steps:
-                saves.begin(training.step, training.state_dict())
-            saves.look()
+            if manager.is_due(training.step):
+                report(SaveBegins(training.step))
+            manager.save_if_due(training.step, training.state)
 
-        checkpointer.close()
-        saves.finish()
-    report(Finished(fingerprint(training.state_dict())))
+    report(Finished(training.fingerprint()))
 
 
 class Training:
-    """Everything that changes from one step to the next, and therefore everything that a checkpoint has to hold."""
+    """A model that learns, with everything that changes from one step to the next in :attr:`state`."""
 
     def __init__(self, settings: Settings) -> None:
-        torch.manual_seed(settings.seed)
+        _seed_everything(settings.seed)
         self.model = GPT(settings.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=_LEARNING_RATE)
         self.scheduler = CosineAnnealingLR(self.optimizer, T_max=settings.steps)
@@ -86,6 +83,13 @@ class Training:
         )
         self.step = 0
         self.losses = torch.zeros(settings.steps, dtype=torch.float64)
+        self.state: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "batches": self.batches,
+            "losses": self.losses,
+        }
 
     def take_step(self) -> float:
         """Learn from the next batch, and return the loss before that."""
@@ -99,56 +103,25 @@ class Training:
         self.step += 1
         return loss.item()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The whole state. Dropout draws from torch's generator, so its state belongs here as much as the weights."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "batches": self.batches.state_dict(),
-            "step": self.step,
-            # A copy: the next steps write into it while it is being saved. (Optimizers wait by themselves.) It has the
-            # same size from the start, so that what was worked out for one save serves for the next.
-            "losses": self.losses.clone(),
-            "random": torch.get_rng_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where ``state`` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.batches.load_state_dict(state["batches"])
-        self.step = state["step"]
-        self.losses = state["losses"]
-        torch.set_rng_state(state["random"])
+    def fingerprint(self) -> str:
+        """That of all that a checkpoint of this moment holds. Dropout draws from torch's generator, so its state
+        belongs there as much as the weights."""
+        return fingerprint({**state_dict_of(self.state), RANDOM_STATES_KEY: take_random_states()})
 
 
-def resume(training: Training, checkpointer: AsyncCheckpointer, directory: Path) -> Resumed:
-    """Load the newest checkpoint that is whole; those that are not are passed over, and named in the report.
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        import numpy
 
-    A save that was killed has left no checkpoint, or the one it was about to replace: nothing to repair here. It may
-    even still be written, by the checkpoint process of the training that was killed: then either is good. This
-    training does the same steps again, and its own save to that path waits until the other is over.
-    """
-    started = time.perf_counter()
-    passed_over: list[str] = []
-    for path in reversed(step_directories(directory).values()):
-        try:
-            training.load_state_dict(checkpointer.load(str(path)))
-        except CheckpointNotFoundError:
-            continue  # The very first save of this step was killed before there was anything to see.
-        except (CorruptCheckpointError, UnsafeCheckpointError) as error:
-            passed_over.append(str(error))
-        else:
-            break
-    seconds = time.perf_counter() - started
-    return Resumed(training.step, seconds, tuple(passed_over), checkpoint_process=_writer_of(checkpointer))
+        numpy.random.seed(seed)
 
 
-def _writer_of(checkpointer: AsyncCheckpointer) -> int | None:
+def _writer_of(manager: CheckpointManager) -> int | None:
     """The number of the process that writes: no training needs it, but the demo waits for its end."""
-    process = checkpointer._checkpoint_process
+    assert isinstance(manager._checkpointer, AsyncCheckpointer)  # as no argument says otherwise
+    process = manager._checkpointer._checkpoint_process
     process.process_creation_future.result()
     return None if process.process is None else process.process.processes[0].pid
 

@@ -1,0 +1,70 @@
+"""What follows each save, on rank 0: a line in the log, and the end of checkpoints that no rule keeps any more."""
+
+import time
+from collections.abc import Sequence
+
+from lastgood import _events
+from lastgood.manager.housekeeping import Housekeeping
+from lastgood.manager.removal import prune
+from lastgood.manager.retention import RetentionRule
+from lastgood.manager.run_log import (
+    Record,
+    RemoveRecord,
+    SaveRecord,
+    StepReasons,
+    append_record,
+    end_torn_line,
+)
+from lastgood.storage.base import StorageBackend
+
+
+class Bookkeeping:
+    """Keeps the log of a run and carries out its retention, in the background.
+
+    A checkpoint is removed only after a newer one has become durable, and neither the one that was saved last nor the
+    one that the run resumed from (until a later one is durable) ever is.
+    """
+
+    def __init__(
+        self, storage: StorageBackend, root: str, rules: Sequence[RetentionRule], housekeeping: Housekeeping
+    ) -> None:
+        self._storage = storage
+        self._root = root
+        self._rules = tuple(rules)
+        self._housekeeping = housekeeping
+        self._protected: dict[int, str] = {}
+
+    def open(self, record: Record) -> None:
+        """The first line of this process."""
+        self._housekeeping.do(lambda: end_torn_line(self._storage, self._root))
+        self.note(record)
+
+    def note(self, record: Record) -> None:
+        """One more line."""
+        self._housekeeping.do(lambda: append_record(self._storage, self._root, record))
+
+    def resumed(self, step: int) -> None:
+        """The run goes on from this checkpoint: it stays until there is a later one of this run."""
+        self._protected = {step: "the run resumed from it"}
+
+    def ended(self, record: SaveRecord) -> None:
+        """A save is over."""
+        self.note(record)
+        if record.outcome == "durable":
+            self._protected = {record.step: "the last that was saved"}
+            if self._rules:
+                self._housekeeping.do(self._prune)
+
+    def _prune(self) -> None:
+        with _events.phase("retention", self._root):
+            report = prune(
+                self._storage, self._root, self._rules, protected=self._protected, dry_run=False, clear_files=False
+            )
+        for entry, reason in report.skipped:
+            _events.logger.warning("the checkpoint of step %d could not be removed: %s", entry.step, reason)
+        if report.removed:
+            removed, kept = (
+                [StepReasons(verdict.entry.step, list(verdict.reasons)) for verdict in verdicts]
+                for verdicts in (report.removed, report.decision.keep)
+            )
+            append_record(self._storage, self._root, RemoveRecord(time=time.time(), removed=removed, kept=kept))

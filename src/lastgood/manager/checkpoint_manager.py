@@ -1,0 +1,463 @@
+"""The checkpoints of a training run in a few lines: save when it is due, resume, keep what is worth keeping."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+from lastgood import _events
+from lastgood._events import logger
+from lastgood.checkpoint_reader import CheckpointReader
+from lastgood.checkpointer import AsyncCheckpointer
+from lastgood.config import CheckpointerConfig
+from lastgood.errors import ConfigError, LastgoodError, SaveTimeoutError, UnsupportedStateError
+from lastgood.format.index_head import LARGEST_METRICS, are_metrics, noted_in_head
+from lastgood.manager.bookkeeping import Bookkeeping
+from lastgood.manager.catalog import Entry, read_catalog, read_entry, step_name
+from lastgood.manager.failures import Failures, OnFailure
+from lastgood.manager.housekeeping import Housekeeping
+from lastgood.manager.parts import make_checkpointer, opening_record
+from lastgood.manager.preemption import PREEMPTION_SIGNALS, PreemptionNotice
+from lastgood.manager.progress import shown_progress
+from lastgood.manager.random_states import RANDOM_STATES_KEY, take_random_states
+from lastgood.manager.ranks import find_ranks
+from lastgood.manager.resume import PassedOver, Resumed, find_candidates, load_exactly, resume, set_aside
+from lastgood.manager.retention import RetentionRule
+from lastgood.manager.run_log import RestoreRecord, SaveRecord, SetAsideRecord
+from lastgood.manager.saves import SaveInFlight
+from lastgood.manager.schedule import Schedule
+from lastgood.manager.state import state_dict_of
+from lastgood.manager.state_loader import StateLoader
+from lastgood.storage._in_time import StorageInTime
+from lastgood.storage.base import StorageBackend
+from lastgood.storage.local import LocalStorage
+
+_LARGEST_STEP = 10**18 - 1
+
+
+class CheckpointManager:
+    """Saves and restores the state of one training run, under ``root``; the checkpoint of step n is ``root/step-n``.
+
+    ``state``, wherever it is asked for, is a dict of objects with ``state_dict`` and ``load_state_dict`` (modules,
+    optimizers, schedulers, samplers), tensors and plain values, nested at will.
+
+    ``asynchronous``: write in the background, by a process that outlives this one; steps of optimizers wait by
+    themselves until their tensors are copied. ``every_steps``, ``every_secs`` and ``overhead`` say when
+    :meth:`save_if_due` saves; with several, when any does (see :class:`~lastgood.manager.schedule.Schedule`).
+    ``keep`` says which checkpoints stay (a rule, or several: what one keeps stays); without, all do. ``random_states``:
+    save and restore those of Python's, NumPy's, torch's and the accelerator's generators too. ``on_failure``:
+    ``"warn"`` logs a save that failed and lets training go on; three in a row are raised by the next call, and by
+    :meth:`close` what no later save made good. ``"raise"`` raises each. ``on_save`` is called with the
+    :class:`~lastgood.manager.run_log.SaveRecord` of each save that has ended, in a thread of its own.
+    ``preemption_signals`` (SIGTERM and SIGUSR1) set :attr:`preempted` instead of ending the process, which only a second
+    one of the same kind does; previous handlers are called too, and come back with :meth:`close`. ``grace_secs`` is how
+    long after one the process may still live.
+
+    With several ranks, that is with a default process group, every rank makes a manager, and calls :meth:`is_due`,
+    :meth:`save_if_due`, :meth:`save`, :meth:`restore` and :meth:`set_aside` at the same steps: they agree there.
+
+    Everything is found from what is on disk. Not for use by several threads at once.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        asynchronous: bool = True,
+        every_steps: int | None = None,
+        every_secs: float | None = None,
+        overhead: float | None = None,
+        mean_secs_between_failures: float = 86400.0,
+        keep: RetentionRule | Sequence[RetentionRule] = (),
+        random_states: bool = False,
+        on_failure: OnFailure = "warn",
+        on_save: Callable[[SaveRecord], None] | None = None,
+        preemption_signals: Sequence[signal.Signals] = PREEMPTION_SIGNALS,
+        grace_secs: float = 30.0,
+        config: CheckpointerConfig | None = None,
+        storage: StorageBackend | None = None,
+    ) -> None:
+        self._root = _root_path(root)
+        self._config = CheckpointerConfig() if config is None else config
+        self._schedule = Schedule(every_steps, every_secs, overhead, mean_secs_between_failures)
+        self._failures = Failures(on_failure)
+        rules = tuple(keep) if isinstance(keep, Sequence) else (keep,)
+        self._timeout_secs = self._config.writer_config.no_progress_timeout_secs
+        self._storage = StorageInTime(LocalStorage() if storage is None else storage, self._timeout_secs)
+        self._random_states = random_states
+        self._on_save = on_save
+        self._grace_secs = grace_secs
+        self._ranks = find_ranks()
+        self._is_first = self._ranks.info.global_rank == 0
+        self._checkpointer = make_checkpointer(self._config, self._ranks, asynchronous=asynchronous)
+        self._reader = CheckpointReader(self._ranks.info, storage=storage)
+        self._housekeeping = Housekeeping()
+        self._books = Bookkeeping(self._storage, self._root, rules, self._housekeeping)
+        self._in_flight: list[SaveInFlight] = []
+        self._answer: tuple[int, bool] | None = None
+        self._last_save: SaveInFlight | None = None
+        self.passed_over: tuple[PassedOver, ...] = ()
+        """What the last :meth:`restore` could not use, newest first, each with its ``step`` and ``problem``."""
+        self._is_preempted = False
+        self._is_prewarmed = False
+        self._is_closed = False
+        self._notice = PreemptionNotice(preemption_signals)
+        if self._is_first:
+            self._books.open(opening_record(self._ranks, rules))
+
+    # Saving
+
+    def save(self, step: int, state: dict[str, Any], metrics: dict[str, float] | None = None) -> Future[None]:
+        """Save ``state`` as the checkpoint of ``step``; the future resolves when it survives a power cut.
+
+        Asynchronous, this returns within milliseconds, and the state saved is that of this moment; when an earlier save
+        is still being written, it waits for that. ``metrics`` (numbers under names, at most 4096 bytes as JSON) are
+        kept with the checkpoint, for retention and for people.
+
+        Raises at once what is wrong with the call (:class:`~lastgood.errors.ConfigError`,
+        :class:`~lastgood.errors.UnsupportedStateError`). What goes wrong with the save is raised by the future; the
+        manager raises it according to ``on_failure``, now for saves before this one.
+        """
+        self._require_open()
+        _check_arguments(step, metrics)
+        self._failures.raise_if_too_many()
+        path = os.path.join(self._root, step_name(step))
+        noted = noted_in_head({"step": step, "saved_at": time.time(), "metrics": metrics})
+        save = SaveInFlight(step, path, noted["metrics"], self._ended)
+        self._last_save = save
+        try:
+            self._begin(save, self._state_dict(state), noted)
+        except LastgoodError as error:
+            if isinstance(error, (ConfigError, UnsupportedStateError)):
+                self._drop(save)
+                raise
+            self._note_returned(save)
+            save.end(error)
+            if isinstance(self._checkpointer, AsyncCheckpointer):
+                return save.over
+        except BaseException:
+            self._drop(save)
+            raise
+        if not isinstance(self._checkpointer, AsyncCheckpointer):
+            self._failures.raise_if_too_many()
+        return save.over
+
+    def _drop(self, save: SaveInFlight) -> None:
+        save.drop()
+        self._last_save = None
+
+    def _begin(self, save: SaveInFlight, state_dict: dict[str, Any], noted: dict[str, Any]) -> None:
+        while True:
+            earlier = list(self._in_flight)
+            try:
+                futures = self._checkpointer.save(save.path, state_dict, **noted)
+                break
+            except LastgoodError as error:
+                # It may be that of a save before this one, which is counted already: then nothing was begun.
+                if not any(other.failed_with(error) for other in earlier):
+                    raise
+        self._note_returned(save)
+        if futures is None:
+            save.end(None)
+        else:
+            self._in_flight.append(save)
+            save.follow(*futures)
+
+    def _note_returned(self, save: SaveInFlight) -> None:
+        save.returned()
+        self._schedule.saved(save.step, time.monotonic(), save.stall_secs)
+
+    def _state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
+        _check_state(state)
+        state_dict = state_dict_of(state)
+        if not self._random_states:
+            return state_dict
+        return {**state_dict, RANDOM_STATES_KEY: take_random_states()}
+
+    def _ended(self, save: SaveInFlight, error: BaseException | None) -> None:
+        """Called by the thread that learns of it."""
+        if save in self._in_flight:
+            self._in_flight.remove(save)
+        now = time.monotonic()
+        if error is None:
+            self._schedule.durable(now)
+            self._failures.saved()
+            in_a_row = 0
+        else:
+            self._schedule.failed(now)
+            in_a_row = self._failures.failed(save.step, error)
+        record = save.record(in_a_row)
+        if self._is_first:
+            self._books.ended(record)
+        if self._on_save is not None:
+            on_save = self._on_save
+            self._housekeeping.do(lambda: on_save(record))
+
+    def is_due(self, step: int) -> bool:
+        """Whether :meth:`save_if_due` would save now: for those who want to do something else then, too.
+
+        Asked again for the same step, it gives the same answer.
+        """
+        if self._answer is not None and self._answer[0] == step:
+            return self._answer[1]
+        now = time.monotonic()
+        # Clocks differ: the first rank's counts. Any rank's notice does.
+        due, preempted = self._ranks.any_of(
+            self._is_first and self._schedule.is_due(step, now), self._notice.came_at is not None
+        )
+        if preempted and not self._is_preempted:
+            self._is_preempted = due = True
+            logger.warning("this run is being preempted: it saves now, and should end")
+        self._schedule.looked(now, saving=due)
+        self._answer = (step, due)
+        return due
+
+    def save_if_due(self, step: int, state: dict[str, Any], metrics: dict[str, float] | None = None) -> bool:
+        """:meth:`save` if it is time to, or if the run has just been preempted; returns whether it was.
+
+        Call it after every step: what a step takes is measured from call to call. The first call also gets the memory
+        for the first save ready, in the background. With several ranks each call lets them meet.
+        """
+        if self.is_due(step):
+            self.save(step, state, metrics)
+            return True
+        self._failures.raise_if_too_many()
+        if not self._is_prewarmed:
+            self.prewarm(state)
+        return False
+
+    @property
+    def preempted(self) -> bool:
+        """Whether one of the signals has come: the training should save and end.
+
+        With several ranks it turns true on all of them at the same step, in :meth:`is_due` or :meth:`save_if_due`.
+        """
+        if self._ranks.info.global_world_size == 1:
+            return self._notice.came_at is not None
+        return self._is_preempted
+
+    def save_before_exit(
+        self,
+        step: int,
+        state: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+        *,
+        deadline_secs: float | None = None,
+    ) -> bool:
+        """A last save, unless that of ``step`` is under way or done already; returns whether it is durable in time.
+
+        Waits for it until the deadline: ``deadline_secs`` from now, or ``grace_secs`` after the signal that came. When
+        the time is over and the state has been staged, the checkpoint process goes on, if it is not killed too. Raises
+        the failure of the save.
+        """
+        now = time.monotonic()
+        came_at = self._notice.came_at
+        deadline = (now if came_at is None else came_at) + self._grace_secs
+        if deadline_secs is not None:
+            deadline = now + deadline_secs
+        if not self._is_saved(step):
+            if not self._wait_until(deadline):  # a save before this one is in the way
+                logger.warning("no time was left to save step %d: an earlier save is still being written", step)
+                return False
+            self.save(step, state, metrics)
+        is_durable = self._wait_until(deadline)
+        self._failures.raise_any()
+        if not is_durable:
+            logger.warning("the save of step %d was not durable when the time was over; it goes on", step)
+        return is_durable
+
+    def _is_saved(self, step: int) -> bool:
+        last = self._last_save
+        return last is not None and last.step == step and last.error is None
+
+    def prewarm(self, state: dict[str, Any]) -> None:
+        """Get memory for saves of states like this one ready, in the background, so that the first one is fast, too."""
+        self._is_prewarmed = True
+        if isinstance(self._checkpointer, AsyncCheckpointer):
+            self._checkpointer.prewarm(self._state_dict(state)).add_done_callback(_note_prewarmed)
+
+    def hold(self) -> AbstractContextManager[None]:
+        """For changes of the state that are no optimizer's step: the block begins when nothing is being copied."""
+        return self._checkpointer.hold() if isinstance(self._checkpointer, AsyncCheckpointer) else nullcontext()
+
+    # Resuming
+
+    def restore(
+        self, state: dict[str, Any], step: int | None = None, *, strict: bool = True, map_location: Any = None
+    ) -> int | None:
+        """Load the newest checkpoint that is committed and whole into ``state``; returns its step, or ``None``.
+
+        ``None`` means that there is none at all. A checkpoint that is damaged or unfinished is passed over, which the
+        log says; a damaged one is set aside under another name, never deleted, once an older one has been loaded. When
+        there are checkpoints and none can be used, raises :class:`~lastgood.errors.CorruptCheckpointError`. A save that
+        an earlier process is still writing is waited for. With ``step``, exactly that one, or its error.
+
+        Tensors, parameters and buffers are filled in place; other objects are given their part by ``load_state_dict``;
+        plain values are put into ``state``. With ``strict``, the keys of ``state`` and of its modules have to be those
+        of the checkpoint (which may hold more beside): otherwise nothing is changed, and an error names them. All bytes
+        are verified in the pass that reads them. ``map_location`` is that of ``torch.load``.
+        """
+        self._require_open()
+        _check_state(state)
+        began = time.perf_counter()
+        wait([save.over for save in self._in_flight], self._timeout_secs)
+        loader = StateLoader(
+            self._reader,
+            self._ranks.info.global_world_size,
+            state,
+            random_states=self._random_states,
+            strict=strict,
+            map_location=map_location,
+        )
+        with _events.phase("restore", self._root), shown_progress("loading"):
+            entries = self._ranks.from_first(lambda: self._entries_to_resume(step))
+            if step is None:
+                resumed = resume(entries, loader.read, self._ranks)
+            else:
+                resumed = load_exactly(entries[0], loader.read, self._ranks)
+            loader.put()
+        self.passed_over = resumed.passed_over
+        if self._is_first:
+            self._note_resumed(resumed, time.perf_counter() - began)
+        self._answer = None
+        return resumed.step
+
+    def _entries_to_resume(self, step: int | None) -> list[Entry]:
+        if step is None:
+            return find_candidates(self._storage, self._root, writer_timeout_secs=self._timeout_secs)
+        _check_arguments(step, None)
+        later = [found for found in self.steps() if found > step]
+        if later:
+            logger.warning(
+                "restoring step %d, but there are checkpoints of later steps (%s): a restart without a step would "
+                "resume from the newest of all. set_aside() takes one out of the way.",
+                step,
+                ", ".join(map(str, later)),
+            )
+        return [read_entry(self._storage, self._root, step)]
+
+    def _note_resumed(self, resumed: Resumed, seconds: float) -> None:
+        for passed in resumed.passed_over:
+            if passed.is_damaged:
+                self._set_aside(passed.step, passed.problem)
+        if resumed.step is not None:
+            self._books.resumed(resumed.step)
+        self._books.note(
+            RestoreRecord(time=time.time(), step=resumed.step, seconds=seconds, passed_over=resumed.problems())
+        )
+
+    def set_aside(self, step: int) -> None:
+        """Take the checkpoint of ``step`` out of the way, under another name: no run resumes from it any more."""
+        self._require_open()
+        self._ranks.from_first(lambda: self._set_aside(step, "it was asked for"))
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        name = set_aside(self._storage, self._root, step)
+        logger.warning("the checkpoint of step %d is set aside as %s: %s", step, name, problem)
+        self._books.note(SetAsideRecord(time=time.time(), step=step, name=name, problem=problem))
+
+    # What is there
+
+    def steps(self) -> list[int]:
+        """The steps with a committed checkpoint, in rising order, as they are on disk now."""
+        return [entry.step for entry in read_catalog(self._storage, self._root).committed]
+
+    def latest(self) -> int | None:
+        """The newest step with a committed checkpoint."""
+        return max(self.steps(), default=None)
+
+    # The end
+
+    def wait(self, timeout_secs: float | None = None) -> None:
+        """Return when no save is under way any more, and old checkpoints have been removed.
+
+        Raises :class:`~lastgood.errors.SaveTimeoutError` after ``timeout_secs``, and failures as ``on_failure`` says.
+        """
+        timeout = self._config.process_config.close_timeout_secs if timeout_secs is None else timeout_secs
+        if not self._wait_until(time.monotonic() + timeout):
+            paths = ", ".join(save.path for save in self._in_flight) or "nothing but old checkpoints to be removed"
+            raise SaveTimeoutError(
+                f"after {timeout:g} s there still is work under way: {paths}. It goes on; earlier checkpoints are "
+                "untouched.",
+                phase="wait",
+            )
+        self._failures.raise_if_too_many()
+
+    def _wait_until(self, deadline: float) -> bool:
+        with shown_progress("saving"):
+            left = max(0.0, deadline - time.monotonic())
+            if wait([save.over for save in self._in_flight], left).not_done:
+                return False
+        return self._housekeeping.wait(max(0.0, deadline - time.monotonic()))
+
+    def close(self) -> None:
+        """Wait for all saves, and release everything. May be called again.
+
+        Raises the failure of the last save, if it has failed and was not raised yet (with ``on_failure="raise"``, any
+        such failure), after everything has been closed.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._notice.remove()
+        try:
+            with shown_progress("saving"):
+                self._checkpointer.close()
+        finally:
+            wait([save.over for save in self._in_flight], 0.0)
+            self._housekeeping.wait(self._timeout_secs)
+            self._housekeeping.close()
+        self._failures.raise_any()
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as failure:
+            # What ended the block is what its caller has to see.
+            logger.error("closing the manager after an error failed, too: %s", failure)
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError(f"this manager of {self._root} has been closed; make another one", path=self._root)
+
+
+def _root_path(root: str | os.PathLike[str]) -> str:
+    path = os.fspath(root)
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"{root!r} is no root for checkpoints: pass the name of a directory")
+    return path
+
+
+def _check_arguments(step: int, metrics: dict[str, float] | None) -> None:
+    if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
+        raise ConfigError(f"the step is {step!r}; it has to be an int from 0 to {_LARGEST_STEP}")
+    if metrics is not None and not are_metrics(metrics):
+        raise ConfigError(
+            f"the metrics of step {step} have to be a dict of numbers (int or float) under strings, of at most "
+            f"{LARGEST_METRICS} bytes as JSON; they are {metrics!r:.200}. Use float(loss) or loss.item() for tensors."
+        )
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, dict):
+        raise ConfigError(f"the state is a {type(state).__name__}; it has to be a dict, such as {{'model': model}}")
+    if RANDOM_STATES_KEY in state:
+        raise ConfigError(f"the key {RANDOM_STATES_KEY!r} of the state is the manager's own; choose another name")
+
+
+def _note_prewarmed(done: Future[None]) -> None:
+    error = done.exception()
+    if error is not None:
+        logger.info("getting memory ready for the first save failed, which the save itself will tell of: %s", error)

@@ -1,0 +1,191 @@
+"""Finding the checkpoint to go on from: the newest one that is committed and verifies, the same on all ranks."""
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from lastgood._events import logger
+from lastgood.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    LastgoodError,
+    StorageError,
+    UncommittedCheckpointError,
+    UnsafeCheckpointError,
+)
+from lastgood.format.commit import lock_for_writing
+from lastgood.manager.catalog import Condition, Entry, read_catalog, read_entry, step_name
+from lastgood.manager.ranks import Ranks
+from lastgood.manager.run_log import StepProblem
+from lastgood.storage.base import StorageBackend
+
+_RESUMABLE = (Condition.COMMITTED, Condition.FOREIGN)
+
+
+class PassedOver(msgspec.Struct, frozen=True):
+    """A checkpoint that could not be used. ``is_damaged``: its bytes are not what was written, now and for ever."""
+
+    step: int
+    problem: str
+    is_damaged: bool
+
+
+class Resumed(msgspec.Struct, frozen=True):
+    """Where a run goes on; ``step`` is ``None`` where there was no checkpoint at all."""
+
+    step: int | None
+    passed_over: tuple[PassedOver, ...] = ()
+
+    def problems(self) -> list[StepProblem]:
+        """What was passed over, for the log."""
+        return [StepProblem(passed.step, passed.problem) for passed in self.passed_over]
+
+
+class _Vote(msgspec.Struct, frozen=True):
+    """What became of a load on one rank: all is well, or the checkpoint cannot be used, or nothing can go on."""
+
+    problem: str | None = None
+    is_damaged: bool = False
+    is_fatal: bool = False
+
+
+def find_candidates(storage: StorageBackend, root: str, *, writer_timeout_secs: float) -> list[Entry]:
+    """All steps of which there is anything, the newest first, once nobody writes the newest ones any more.
+
+    A former trainer's checkpoint process may still be finishing what was staged before that trainer died: it is waited
+    for, at most ``writer_timeout_secs``.
+    """
+    entries = sorted(read_catalog(storage, root).entries, key=lambda entry: entry.step, reverse=True)
+    newer = list(itertools.takewhile(lambda entry: not entry.is_committed, entries))
+    for number, entry in enumerate(newer):
+        if entry.condition is Condition.UNFINISHED:
+            entries[number] = _once_written(storage, root, entry, writer_timeout_secs)
+    return entries
+
+
+def _once_written(storage: StorageBackend, root: str, entry: Entry, timeout_secs: float) -> Entry:
+    lock = storage.try_lock(os.path.join(entry.path, "checkpoint_0.pt"))
+    try:
+        if lock is None:
+            logger.info("the save of step %d is still being written, by an earlier process: waiting for it", entry.step)
+            lock = lock_for_writing(storage, entry.path, 0, timeout_secs)
+        return read_entry(storage, root, entry.step)
+    except StorageError as error:
+        logger.warning("the save of step %d is left out: %s", entry.step, error)
+        return entry
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def resume(entries: Sequence[Entry], load: Callable[[Entry], None], ranks: Ranks) -> Resumed:
+    """Load the first of ``entries`` that every rank can load by ``load``; to be called by all ranks.
+
+    Where a checkpoint is damaged, unfinished or cannot be read, on one rank or all, all go on with the next. Any other
+    error of a load is raised, on all ranks; and :class:`~lastgood.errors.CorruptCheckpointError` if there are
+    checkpoints and none can be used: a training must not begin anew without somebody's knowing.
+    """
+    passed_over: list[PassedOver] = []
+    was_there = False
+    for entry in entries:
+        if entry.condition is Condition.UNFINISHED:
+            logger.info("step %d is passed over: %s", entry.step, entry.problem)
+            passed_over.append(PassedOver(entry.step, str(entry.problem), is_damaged=False))
+            continue
+        was_there = True
+        problem = _load_on_all(entry, load, ranks)
+        if problem is None:
+            return Resumed(entry.step, tuple(passed_over))
+        logger.warning("the checkpoint of step %d is passed over: %s", entry.step, problem.problem)
+        passed_over.append(problem)
+    if was_there:
+        raise _none_is_good(entries, passed_over)
+    return Resumed(None, tuple(passed_over))
+
+
+def load_exactly(entry: Entry, load: Callable[[Entry], None], ranks: Ranks) -> Resumed:
+    """Load this one; what goes wrong on one rank is raised on all."""
+    error: Exception | None = None
+    try:
+        load(entry)
+    except Exception as raised:
+        error = raised
+    problems = ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            raise LastgoodError(f"rank {rank} cannot load step {entry.step}: {problem}", path=entry.path, rank=rank)
+    return Resumed(entry.step)
+
+
+def _load_on_all(entry: Entry, load: Callable[[Entry], None], ranks: Ranks) -> PassedOver | None:
+    """Load it on all ranks; what was wrong with it, if anything."""
+    vote, error = _try(entry, load)
+    votes = ranks.gather(vote)
+    for rank, other in enumerate(votes):
+        if other.is_fatal:
+            if error is not None and vote.is_fatal:
+                raise error
+            raise LastgoodError(
+                f"rank {rank} cannot resume from step {entry.step}: {other.problem}", path=entry.path, rank=rank
+            )
+    problems = [(rank, other.problem) for rank, other in enumerate(votes) if other.problem is not None]
+    if not problems:
+        return None
+    rank, problem = problems[0]
+    told = problem if len(votes) == 1 else f"on {len(problems)} of {len(votes)} ranks, on rank {rank}: {problem}"
+    return PassedOver(entry.step, str(told), is_damaged=any(other.is_damaged for other in votes))
+
+
+def _try(entry: Entry, load: Callable[[Entry], None]) -> tuple[_Vote, Exception | None]:
+    if entry.condition not in _RESUMABLE:
+        return _Vote(entry.problem, is_damaged=entry.condition is Condition.DAMAGED), None
+    try:
+        load(entry)
+    except CorruptCheckpointError as error:
+        # Which targets were half filled does not matter once the next checkpoint fills them.
+        damage = error.__cause__ if isinstance(error.__cause__, CorruptCheckpointError) else error
+        return _Vote(str(damage), is_damaged=True), error
+    except UnsafeCheckpointError as error:
+        # A file of ours holds a value that the user has to allow; one of others may be anything.
+        is_ours = entry.is_committed
+        return _Vote(str(error), is_fatal=is_ours), error
+    except (CheckpointNotFoundError, UncommittedCheckpointError, StorageError) as error:
+        return _Vote(str(error)), error
+    except Exception as error:
+        return _Vote(f"{type(error).__name__}: {error}", is_fatal=True), error
+    return _Vote(), None
+
+
+def _none_is_good(entries: Sequence[Entry], passed_over: Sequence[PassedOver]) -> CorruptCheckpointError:
+    listed = "; ".join(f"step {passed.step}: {passed.problem}" for passed in passed_over)
+    root = os.path.dirname(entries[0].path)
+    return CorruptCheckpointError(
+        f"none of the checkpoints under {root} can be used, and the training was not begun anew without being asked: "
+        f"{listed}. Everything is still there. What the state held may have been overwritten in part. `lastgood doctor "
+        f"{root}` says more; to begin at step 0, use another root or move these away.",
+        path=root,
+        phase="restore",
+    )
+
+
+def set_aside(storage: StorageBackend, root: str, step: int) -> str:
+    """Give the directory of a step another name, which no run resumes from and nothing of lastgood removes.
+
+    Returns that name, ``step-100.set-aside`` or the like.
+    """
+    base = f"{step_name(step)}.set-aside"
+    for number in itertools.count(1):
+        name = base if number == 1 else f"{base}-{number}"
+        if storage.exists(os.path.join(root, name)):
+            continue
+        try:
+            storage.rename(os.path.join(root, step_name(step)), os.path.join(root, name))
+        except CheckpointExistsError:
+            continue
+        return name
+    raise AssertionError("unreachable: there are more numbers than directories")

@@ -1,0 +1,62 @@
+"""Loading checkpoints into the state of a training."""
+
+from typing import Any
+
+from lastgood.checkpoint_reader import CheckpointReader
+from lastgood.errors import ConfigError
+from lastgood.manager.catalog import Entry
+from lastgood.manager.random_states import RANDOM_STATES_KEY, set_random_states
+from lastgood.manager.state import StateTarget
+
+
+class StateLoader:
+    """Reads checkpoints into a state, one after the other until one is good, and puts that in place."""
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        world_size: int,
+        state: dict[str, Any],
+        *,
+        random_states: bool,
+        strict: bool,
+        map_location: Any,
+    ) -> None:
+        self._reader = reader
+        self._world_size = world_size
+        self._state = state
+        self._random_states = random_states
+        self._strict = strict
+        self._map_location = map_location
+        self._target: StateTarget | None = None
+        self._missing: list[str] = []
+
+    def read(self, entry: Entry) -> None:
+        """Read one; the tensors of the state are filled, or undefined if this raises."""
+        if entry.world_size not in (None, self._world_size):
+            raise ConfigError(
+                f"{entry.path} was saved by {entry.world_size} ranks, and this run has {self._world_size}; start as "
+                "many as it had",
+                path=entry.path,
+            )
+        target = StateTarget(self._state)
+        if self._random_states:
+            target.target[RANDOM_STATES_KEY] = None
+        _, self._missing = self._reader.read(
+            entry.path,
+            target.target,
+            map_location=self._map_location,
+            check_keys=target.check_keys if self._strict else None,
+            # What one checkpoint has half filled, the next need not hold.
+            verify_first=not self._strict,
+        )
+        self._target = target
+
+    def put(self) -> None:
+        """Give the objects of the state what the last call of :meth:`read` has read."""
+        if self._target is None:
+            return
+        loaded = self._target.target
+        self._target.put(loaded, self._missing, strict=self._strict)
+        if self._random_states and RANDOM_STATES_KEY not in self._missing:
+            set_random_states(loaded[RANDOM_STATES_KEY])
