@@ -47,8 +47,9 @@ class CheckpointReader:
 
         ``verify`` compares all that is read with its checksums; ``verify_first`` checks the whole file before any
         target is touched; ``mmap`` maps the file and checks nothing but its index; ``allow_uncommitted`` reads a file
-        of several ranks whose save was never committed. ``check_keys`` is called with two lists of key paths, the missing
-        ones and those of the wanted dicts that are saved and not wanted, before any target is touched, and may raise.
+        of several ranks whose save was never committed. ``check_keys`` is called with two lists of key paths, before any
+        target is touched, and may raise: those that are missing, and those that are saved in the wanted dicts and not
+        wanted.
         ``map_location`` is that of ``torch.load``. Other arguments are accepted and ignored.
         """
         rank = self._rank_info.global_rank

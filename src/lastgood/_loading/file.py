@@ -60,7 +60,8 @@ def load_file(
         admit(archive)
         if archive is None:
             if target is not None:
-                return load_foreign_into(file, target, map_location, check=verify or verify_first, check_keys=check_keys)
+                check = verify or verify_first
+                return load_foreign_into(file, target, map_location, check=check, check_keys=check_keys)
             return load_foreign(file, map_location=map_location, mmap=mmap, check=verify, check_data=not mmap), []
         if archive.index.byteorder != native_byteorder():
             raise ConfigError(f"{file.path} was written on a {archive.index.byteorder}-endian machine", path=file.path)

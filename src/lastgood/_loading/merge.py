@@ -20,7 +20,6 @@ from lastgood.format.index import (
     list_position,
 )
 
-
 CheckKeys = Callable[[list[str], list[str]], None]
 """Told of the keys that are missing from a file, and of those of it that nobody wants; may refuse by raising."""
 

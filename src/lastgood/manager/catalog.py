@@ -113,11 +113,22 @@ def read_catalog(storage: StorageBackend, root: str) -> Catalog:
     entries, others = [], []
     for name in storage.list(root):
         step = step_of(name)
-        if step is None:
+        if step is None or _is_file(storage, os.path.join(root, name)):
             others.append(name)
         else:
             entries.append(read_entry(storage, root, step))
     return Catalog(root, tuple(sorted(entries, key=lambda entry: entry.step)), tuple(others))
+
+
+def _is_file(storage: StorageBackend, path: str) -> bool:
+    """Whether a file has the name of a checkpoint's directory."""
+    if storage.list(path):
+        return False
+    try:
+        storage.open(path).close()
+    except (CheckpointNotFoundError, StorageError):
+        return False
+    return True
 
 
 def read_entry(storage: StorageBackend, root: str, step: int) -> Entry:

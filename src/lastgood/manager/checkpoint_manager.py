@@ -25,8 +25,8 @@ from lastgood.manager.preemption import PREEMPTION_SIGNALS, PreemptionNotice
 from lastgood.manager.progress import shown_progress
 from lastgood.manager.random_states import RANDOM_STATES_KEY, take_random_states
 from lastgood.manager.ranks import find_ranks
-from lastgood.manager.resume import PassedOver, Resumed, find_candidates, load_exactly, resume, set_aside
-from lastgood.manager.retention import RetentionRule
+from lastgood.manager.resume import PassedOver, Resumed, find_candidates, load_exactly, on_all, resume, set_aside
+from lastgood.manager.retention import RetentionRule, decide
 from lastgood.manager.run_log import RestoreRecord, SaveRecord, SetAsideRecord
 from lastgood.manager.saves import SaveInFlight
 from lastgood.manager.schedule import Schedule
@@ -37,6 +37,7 @@ from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
 
 _LARGEST_STEP = 10**18 - 1
+_MOMENT_SECS = 10.0
 
 
 class CheckpointManager:
@@ -53,9 +54,9 @@ class CheckpointManager:
     ``"warn"`` logs a save that failed and lets training go on; three in a row are raised by the next call, and by
     :meth:`close` what no later save made good. ``"raise"`` raises each. ``on_save`` is called with the
     :class:`~lastgood.manager.run_log.SaveRecord` of each save that has ended, in a thread of its own.
-    ``preemption_signals`` (SIGTERM and SIGUSR1) set :attr:`preempted` instead of ending the process, which only a second
-    one of the same kind does; previous handlers are called too, and come back with :meth:`close`. ``grace_secs`` is how
-    long after one the process may still live.
+    ``preemption_signals`` (SIGTERM and SIGUSR1) set :attr:`preempted` instead of ending the process, which only a
+    second one of the same kind does; previous handlers are called too, and come back with :meth:`close`.
+    ``grace_secs`` is how long after one the process may still live.
 
     With several ranks, that is with a default process group, every rank makes a manager, and calls :meth:`is_due`,
     :meth:`save_if_due`, :meth:`save`, :meth:`restore` and :meth:`set_aside` at the same steps: they agree there.
@@ -86,6 +87,7 @@ class CheckpointManager:
         self._schedule = Schedule(every_steps, every_secs, overhead, mean_secs_between_failures)
         self._failures = Failures(on_failure)
         rules = tuple(keep) if isinstance(keep, Sequence) else (keep,)
+        decide((), rules)  # refuses what is no rule
         self._timeout_secs = self._config.writer_config.no_progress_timeout_secs
         self._storage = StorageInTime(LocalStorage() if storage is None else storage, self._timeout_secs)
         self._random_states = random_states
@@ -93,6 +95,7 @@ class CheckpointManager:
         self._grace_secs = grace_secs
         self._ranks = find_ranks()
         self._is_first = self._ranks.info.global_rank == 0
+        self._is_asynchronous = asynchronous
         self._checkpointer = make_checkpointer(self._config, self._ranks, asynchronous=asynchronous)
         self._reader = CheckpointReader(self._ranks.info, storage=storage)
         self._housekeeping = Housekeeping()
@@ -126,8 +129,8 @@ class CheckpointManager:
         _check_arguments(step, metrics)
         self._failures.raise_if_too_many()
         path = os.path.join(self._root, step_name(step))
-        noted = noted_in_head({"step": step, "saved_at": time.time(), "metrics": metrics})
-        save = SaveInFlight(step, path, noted["metrics"], self._ended)
+        noted = {"step": step, "saved_at": time.time(), "metrics": metrics}
+        save = SaveInFlight(step, path, noted_in_head(noted)["metrics"], self._ended)
         self._last_save = save
         try:
             self._begin(save, self._state_dict(state), noted)
@@ -137,12 +140,12 @@ class CheckpointManager:
                 raise
             self._note_returned(save)
             save.end(error)
-            if isinstance(self._checkpointer, AsyncCheckpointer):
+            if self._is_asynchronous:
                 return save.over
         except BaseException:
             self._drop(save)
             raise
-        if not isinstance(self._checkpointer, AsyncCheckpointer):
+        if not self._is_asynchronous:
             self._failures.raise_if_too_many()
         return save.over
 
@@ -154,7 +157,8 @@ class CheckpointManager:
         while True:
             earlier = list(self._in_flight)
             try:
-                futures = self._checkpointer.save(save.path, state_dict, **noted)
+                with nullcontext() if self._is_asynchronous else shown_progress("saving"):
+                    futures = self._checkpointer.save(save.path, state_dict, **noted)
                 break
             except LastgoodError as error:
                 # It may be that of a save before this one, which is counted already: then nothing was begun.
@@ -319,7 +323,7 @@ class CheckpointManager:
                 resumed = resume(entries, loader.read, self._ranks)
             else:
                 resumed = load_exactly(entries[0], loader.read, self._ranks)
-            loader.put()
+            on_all(loader.put, self._ranks, "put in place what was loaded", self._root)
         self.passed_over = resumed.passed_over
         if self._is_first:
             self._note_resumed(resumed, time.perf_counter() - began)
@@ -343,7 +347,10 @@ class CheckpointManager:
     def _note_resumed(self, resumed: Resumed, seconds: float) -> None:
         for passed in resumed.passed_over:
             if passed.is_damaged:
-                self._set_aside(passed.step, passed.problem)
+                try:
+                    self._set_aside(passed.step, passed.problem)
+                except LastgoodError as error:  # the run has what it needs, and the next save may replace it
+                    logger.warning("the checkpoint of step %d could not be set aside: %s", passed.step, error)
         if resumed.step is not None:
             self._books.resumed(resumed.step)
         self._books.note(
@@ -408,7 +415,8 @@ class CheckpointManager:
             with shown_progress("saving"):
                 self._checkpointer.close()
         finally:
-            wait([save.over for save in self._in_flight], 0.0)
+            # What the checkpointer knows reaches the saves a moment later.
+            wait([save.over for save in self._in_flight], _MOMENT_SECS)
             self._housekeeping.wait(self._timeout_secs)
             self._housekeeping.close()
         self._failures.raise_any()

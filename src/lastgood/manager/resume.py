@@ -12,7 +12,9 @@ from lastgood.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     LastgoodError,
+    MissingKeysError,
     StorageError,
+    TargetMismatchError,
     UncommittedCheckpointError,
     UnsafeCheckpointError,
 )
@@ -67,8 +69,10 @@ def find_candidates(storage: StorageBackend, root: str, *, writer_timeout_secs: 
 
 
 def _once_written(storage: StorageBackend, root: str, entry: Entry, timeout_secs: float) -> Entry:
-    lock = storage.try_lock(os.path.join(entry.path, "checkpoint_0.pt"))
+    lock = None
     try:
+        # Where nothing can be locked, as on a disk that is read only, nobody is writing either.
+        lock = storage.try_lock(os.path.join(entry.path, "checkpoint_0.pt"))
         if lock is None:
             logger.info("the save of step %d is still being written, by an earlier process: waiting for it", entry.step)
             lock = lock_for_writing(storage, entry.path, 0, timeout_secs)
@@ -108,9 +112,15 @@ def resume(entries: Sequence[Entry], load: Callable[[Entry], None], ranks: Ranks
 
 def load_exactly(entry: Entry, load: Callable[[Entry], None], ranks: Ranks) -> Resumed:
     """Load this one; what goes wrong on one rank is raised on all."""
+    on_all(lambda: load(entry), ranks, f"load step {entry.step}", entry.path)
+    return Resumed(entry.step)
+
+
+def on_all(act: Callable[[], None], ranks: Ranks, what: str, path: str) -> None:
+    """Do it on all ranks; what goes wrong on one is raised on all, so that none goes on alone."""
     error: Exception | None = None
     try:
-        load(entry)
+        act()
     except Exception as raised:
         error = raised
     problems = ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
@@ -118,8 +128,7 @@ def load_exactly(entry: Entry, load: Callable[[Entry], None], ranks: Ranks) -> R
         raise error
     for rank, problem in enumerate(problems):
         if problem is not None:
-            raise LastgoodError(f"rank {rank} cannot load step {entry.step}: {problem}", path=entry.path, rank=rank)
-    return Resumed(entry.step)
+            raise LastgoodError(f"rank {rank} cannot {what}: {problem}", path=path, rank=rank)
 
 
 def _load_on_all(entry: Entry, load: Callable[[Entry], None], ranks: Ranks) -> PassedOver | None:
@@ -150,8 +159,8 @@ def _try(entry: Entry, load: Callable[[Entry], None]) -> tuple[_Vote, Exception 
         # Which targets were half filled does not matter once the next checkpoint fills them.
         damage = error.__cause__ if isinstance(error.__cause__, CorruptCheckpointError) else error
         return _Vote(str(damage), is_damaged=True), error
-    except UnsafeCheckpointError as error:
-        # A file of ours holds a value that the user has to allow; one of others may be anything.
+    except (UnsafeCheckpointError, MissingKeysError, TargetMismatchError) as error:
+        # A file of ours holds what the user has to allow, or another model; one of others may be anything.
         is_ours = entry.is_committed
         return _Vote(str(error), is_fatal=is_ours), error
     except (CheckpointNotFoundError, UncommittedCheckpointError, StorageError) as error:

@@ -327,6 +327,65 @@ class StorageBackendTests:
         assert self.storage.list(self.root) == [".hidden", "a", "b", "c"]
         assert self.storage.list(self.path("no such directory")) == []
 
+    def test_appends_go_to_the_end_of_a_file_that_is_made_with_its_directories(self) -> None:
+        path = self.path("new/deep/log")
+        for line in (b"first\n", b"", memoryview(b"second\n")):
+            self.storage.append(path, line)
+        assert read_all(self.storage, path) == b"first\nsecond\n"
+
+    def test_appends_at_once_overwrite_nothing(self) -> None:
+        path = self.path("log")
+
+        def write(number: int) -> None:
+            for _ in range(20):
+                self.storage.append(path, b"%d\n" % number * 3)
+
+        with running(*[lambda number=number: write(number) for number in range(4)]):
+            pass
+        lines = read_all(self.storage, path).split()
+        assert sorted(lines) == sorted(b"%d" % number for number in range(4) for _ in range(60))
+
+    def test_rename_moves_a_directory_with_all_that_is_in_it(self) -> None:
+        self.storage.put(self.path("old/inner/file"), b"kept")
+        self.storage.rename(self.path("old"), self.path("new"))
+        assert not self.storage.exists(self.path("old"))
+        assert read_all(self.storage, self.path("new/inner/file")) == b"kept"
+
+    def test_rename_takes_no_name_that_is_taken(self) -> None:
+        for name in ("old/file", "new/file", "plain"):
+            self.storage.put(self.path(name), name.encode())
+        for taken in ("new", "plain"):
+            with pytest.raises(CheckpointExistsError):
+                self.storage.rename(self.path("old"), self.path(taken))
+        assert read_all(self.storage, self.path("old/file")) == b"old/file"
+        assert read_all(self.storage, self.path("new/file")) == b"new/file"
+        with pytest.raises(CheckpointNotFoundError):
+            self.storage.rename(self.path("nothing"), self.path("other"))
+        with pytest.raises(CheckpointNotFoundError):
+            self.storage.rename(self.path("plain"), self.path("other"))
+
+    def test_only_a_directory_that_nothing_is_left_in_is_deleted(self) -> None:
+        self.storage.put(self.path("directory/file"), b"still needed")
+        assert not self.storage.delete_directory(self.path("directory"))
+        assert read_all(self.storage, self.path("directory/file")) == b"still needed"
+        self.storage.delete(self.path("directory/file"))
+        assert self.storage.delete_directory(self.path("directory"))
+        assert not self.storage.exists(self.path("directory"))
+        assert self.storage.delete_directory(self.path("directory"))
+
+    def test_a_directory_in_which_somebody_writes_or_holds_a_lock_stays(self) -> None:
+        write = self.storage.begin(self.path("directory/file"), 3)
+        assert not self.storage.delete_directory(self.path("directory"))
+        write.write_at(0, memoryview(b"abc"))
+        write.commit()
+        assert read_all(self.storage, self.path("directory/file")) == b"abc"
+        self.storage.delete(self.path("directory/file"))
+        lock = self.storage.try_lock(self.path("directory/file"))
+        assert lock is not None
+        assert not self.storage.delete_directory(self.path("directory"))
+        lock.release()
+        assert self.storage.delete_directory(self.path("directory"))
+
     def test_delete(self) -> None:
         self.storage.put(self.path("file"), b"1")
         self.storage.put(self.path("other"), b"2")
