@@ -20,6 +20,7 @@ def test_an_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.Monke
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    exec(compile(example, str(README), "exec"), {"model": model, "optimizer": optimizer, "step": 7})
+    given = {"model": model, "optimizer": optimizer, "step": 7, "train_one_step": lambda: None}
+    exec(compile(example, str(README), "exec"), given)
     assert any(tmp_path.iterdir())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

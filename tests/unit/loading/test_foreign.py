@@ -60,6 +60,7 @@ def state() -> dict[str, Any]:
         "set": {1, 2},
         "counter": Counter("aab"),
         "size": torch.Size([2, 3]),
+        "size with a number below zero": torch.Size([-1, 3]),
         "dtype": torch.float16,
         "device": torch.device("cpu"),
         "large": 2**70,
