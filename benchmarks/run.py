@@ -20,6 +20,7 @@ from async_sections import (
     measure_async_small_tensors,
     measure_async_training_state,
 )
+from command_section import measure_command
 from report import AnySection, as_json, machine_facts, machine_text, text_of
 from sections import (
     Rounds,
@@ -34,7 +35,7 @@ from sections import (
 )
 from states import training_state
 
-CHOICES = ("memory", "save", "load", "small", "async")
+CHOICES = ("memory", "save", "load", "small", "async", "command")
 ASYNC_PARTS = ("training", "tensor", "small", "slowdown")
 MOST_SMALL_ROUNDS = 2
 LIBRARIES = ("torch", "lastgood", "safetensors", "fastsafetensors", "torch-checkpointing")
@@ -70,6 +71,8 @@ def _measure(options: argparse.Namespace, directory: str) -> Iterator[AnySection
         yield from measure_small_tensors(directory, rounds)
     if "async" in wanted:
         yield from _measure_async(options, directory)
+    if "command" in wanted:
+        yield measure_command(directory, options.small_tensors, options.rounds)
 
 
 def _measure_async(options: argparse.Namespace, directory: str) -> Iterator[AnySection]:
@@ -116,7 +119,7 @@ def _options() -> argparse.Namespace:
         "--tensor-size", type=_bytes, default=2**31, help="of the one large tensor that async saves (default: 2G)"
     )
     parser.add_argument(
-        "--small-tensors", type=_positive, default=100_000, help="how many async saves (default: 100000)"
+        "--small-tensors", type=_positive, default=100_000, help="how many async and command have (default: 100000)"
     )
     parser.add_argument("--directory", default=".", help="where to write, on the disk in question (default: here)")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """The names inside a checkpoint's directory, and the manifest: the commit record of several ranks."""
 
 import os
+import re
 from typing import Annotated
 
 import msgspec
@@ -9,12 +10,19 @@ from lastgood.format.spec import crc32
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+_RANK_FILE = re.compile(r"checkpoint_(0|[1-9][0-9]{0,8})\.pt")
 MAX_MANIFEST_SIZE = 256 * 1024 * 1024
 
 
 def checkpoint_file(path: str, rank: int) -> str:
     """The name of a rank's file in the checkpoint at ``path``."""
     return os.path.join(path, f"checkpoint_{rank}.pt")
+
+
+def rank_of(name: str) -> int | None:
+    """The rank whose file has exactly this name; ``None`` for any other name."""
+    match = _RANK_FILE.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def manifest_file(path: str) -> str:

@@ -13,11 +13,10 @@ import msgspec
 from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from lastgood.format.commit import read_manifest
 from lastgood.format.identity import FileIdentity, read_identity
-from lastgood.format.manifest import MANIFEST_NAME, Manifest, checkpoint_file
+from lastgood.format.manifest import MANIFEST_NAME, Manifest, checkpoint_file, rank_of
 from lastgood.storage.base import StorageBackend
 
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
-_RANK_FILE = re.compile(r"checkpoint_(0|[1-9][0-9]{0,8})\.pt")
 _SET_ASIDE = re.compile(r"step-(0|[1-9][0-9]{0,17})\.set-aside(-[1-9][0-9]*)?")
 
 RUN_LOG_NAME = "lastgood.jsonl"
@@ -32,12 +31,6 @@ def step_name(step: int) -> str:
 def step_of(name: str) -> int | None:
     """The step whose checkpoint has exactly this name; ``None`` for ``step-100.backup``, ``step-007`` and the like."""
     match = _STEP_NAME.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def rank_of(name: str) -> int | None:
-    """The rank whose file has exactly this name."""
-    match = _RANK_FILE.fullmatch(name)
     return int(match[1]) if match else None
 
 

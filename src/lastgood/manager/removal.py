@@ -8,8 +8,8 @@ import msgspec
 
 from lastgood._events import logger
 from lastgood.errors import StorageError
-from lastgood.format.manifest import MANIFEST_NAME, checkpoint_file
-from lastgood.manager.catalog import Catalog, Condition, Entry, rank_of, read_catalog, read_entry
+from lastgood.format.manifest import MANIFEST_NAME, checkpoint_file, rank_of
+from lastgood.manager.catalog import Catalog, Condition, Entry, read_catalog, read_entry
 from lastgood.manager.retention import Decision, RetentionRule, Verdict, decide
 from lastgood.storage.base import StorageBackend
 

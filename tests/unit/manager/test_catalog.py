@@ -8,7 +8,8 @@ from tests.helpers.saves import commit_together
 
 from lastgood import make_sync_checkpointer
 from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
-from lastgood.manager.catalog import Condition, is_set_aside, rank_of, read_catalog, step_name, step_of
+from lastgood.format.manifest import rank_of
+from lastgood.manager.catalog import Condition, is_set_aside, read_catalog, step_name, step_of
 from lastgood.storage.local import LocalStorage
 from lastgood.types import RankInfo
 

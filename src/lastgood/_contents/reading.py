@@ -1,0 +1,171 @@
+"""Opening a checkpoint to look at it: nothing of its tensors' data is read, and nothing of it is run."""
+
+import dataclasses
+import errno
+import math
+import os
+from collections.abc import Iterator
+from contextlib import closing
+
+from lastgood._contents.model import Contents, FileContents, StoredBytes, TensorInfo
+from lastgood._contents.torch_files import describe_torch_file
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS
+from lastgood._memory import paused_garbage_collection
+from lastgood.errors import CheckpointNotFoundError, StorageError
+from lastgood.format.archive import Archive, open_archive
+from lastgood.format.commit import read_manifest
+from lastgood.format.index import NUMBERED, Node, ReferenceNode, TensorNode, walk_nodes, walk_paths
+from lastgood.format.manifest import MANIFEST_NAME, checkpoint_file, rank_of
+from lastgood.format.spec import DTYPES
+from lastgood.storage._in_time import StorageInTime
+from lastgood.storage.base import StorageBackend, StoredFile
+from lastgood.storage.local import LocalStorage
+
+
+def local_storage() -> StorageBackend:
+    """Local storage whose calls end in time."""
+    return StorageInTime(LocalStorage(), NO_PROGRESS_TIMEOUT_SECS)
+
+
+def open_file(storage: StorageBackend, path: str) -> StoredFile:
+    """A file whose reads are not watched one by one: there may be very many small ones."""
+    return storage.open_unwatched(path) if isinstance(storage, StorageInTime) else storage.open(path)
+
+
+def rank_files(storage: StorageBackend, path: str) -> dict[int, str]:
+    """The files of ranks in the checkpoint directory ``path``, by rank."""
+    ranks = sorted(rank for name in storage.list(path) if (rank := rank_of(name)) is not None)
+    return {rank: checkpoint_file(path, rank) for rank in ranks}
+
+
+def no_checkpoint(storage: StorageBackend, path: str) -> CheckpointNotFoundError:
+    """The error for a path that is neither a file nor a checkpoint directory."""
+    if not storage.exists(path):
+        what = "there is no such file or directory"
+    else:
+        what = "the directory holds no file of the name checkpoint_<rank>.pt"
+    return CheckpointNotFoundError(f"no checkpoint at {path}: {what}.", path=path)
+
+
+def require_file(storage: StorageBackend, path: str) -> None:
+    """Raise :class:`~lastgood.errors.CheckpointNotFoundError` unless ``path`` is a file; it is no rank's directory."""
+    if not storage.exists(path):
+        raise no_checkpoint(storage, path)
+    try:
+        storage.open(path).close()
+    except StorageError as error:
+        if error.errno != errno.EISDIR:
+            raise
+        raise no_checkpoint(storage, path) from error
+
+
+def open_contents(path: str, storage: StorageBackend | None = None) -> Contents:
+    """What is in the file ``path``, or in the files of the checkpoint directory ``path``.
+
+    Reads indexes, pickles and directories of zips only. Files are closed when this returns. Raises
+    :class:`~lastgood.errors.CheckpointNotFoundError`, or :class:`~lastgood.errors.CorruptCheckpointError` or
+    :class:`~lastgood.errors.UnsafeCheckpointError` for a file that cannot be described.
+    """
+    storage = local_storage() if storage is None else storage
+    ranks = rank_files(storage, path)
+    if ranks:
+        files = tuple(_named(describe_file(storage, name), rank) for rank, name in ranks.items())
+        return Contents(path, files, tuple(_notes(storage, path, files)))
+    require_file(storage, path)
+    return Contents(path, (describe_file(storage, path),))
+
+
+def _named(contents: FileContents, rank: int) -> FileContents:
+    """A file of torch's does not say its rank: its name does."""
+    return contents if contents.kind == "lastgood" else dataclasses.replace(contents, rank=rank)
+
+
+def _notes(storage: StorageBackend, path: str, files: tuple[FileContents, ...]) -> Iterator[str]:
+    several = [file for file in files if file.world_size > 1]
+    has_manifest = storage.exists(os.path.join(path, MANIFEST_NAME))
+    if has_manifest:
+        read_manifest(storage, path)
+    elif several and not all(file.independent for file in several):
+        yield "it was never committed: its save was killed or failed, or is still under way"
+    expected = max(file.world_size for file in files)
+    missing = sorted(set(range(expected)) - {file.rank for file in files})
+    if missing:
+        yield f"the files of the ranks {', '.join(map(str, missing[:10]))} are not there"
+    if len({file.save_id for file in several if not file.independent}) > 1 and not has_manifest:
+        yield "its files belong to different saves"
+
+
+def describe_file(storage: StorageBackend, path: str) -> FileContents:
+    """What is in one file."""
+    with closing(open_file(storage, path)) as file, paused_garbage_collection():
+        archive = open_archive(file)
+        return describe_torch_file(file) if archive is None else describe_archive(archive)
+
+
+def describe_archive(archive: Archive) -> FileContents:
+    """What is in an open file of ours."""
+    index = archive.index
+    return FileContents(
+        path=archive.file.path,
+        nbytes=archive.file.size,
+        kind="lastgood",
+        root=index.root,
+        storages=index.storages,
+        places=[StoredBytes(record.data_offset) for record in archive.layout.storages],
+        byteorder=index.byteorder,
+        rank=index.rank,
+        world_size=index.world_size,
+        independent=index.independent,
+        step=index.step,
+        saved_at=index.saved_at,
+        metrics=index.metrics,
+        save_id=index.save_id,
+    )
+
+
+class References:
+    """The objects that references of one file lead to."""
+
+    def __init__(self, root: Node) -> None:
+        self._numbered: list[tuple[str, Node]] = []
+        if any(isinstance(node, ReferenceNode) for node, _ in walk_nodes(root)):
+            paths = {id(node): path for path, node in walk_paths(root) if isinstance(node, NUMBERED)}
+            # Numbers count what stands in keys too, which has no path.
+            self._numbered = [
+                (paths.get(id(node), ""), node) for node, _ in walk_nodes(root) if isinstance(node, NUMBERED)
+            ]
+
+    def tensor(self, node: Node) -> Node:
+        """The tensor that a reference leads to; any other node, references to other things too, as it is."""
+        if isinstance(node, ReferenceNode) and node.number < len(self._numbered):
+            found = self._numbered[node.number][1]
+            return found if isinstance(found, TensorNode) else node
+        return node
+
+    def first_path(self, node: ReferenceNode) -> str:
+        """The key path under which the object that a reference leads to came first."""
+        return self._numbered[node.number][0] if node.number < len(self._numbered) else ""
+
+
+def values(file: FileContents) -> Iterator[tuple[str, Node]]:
+    """All values of a file by key path, with references to tensors resolved; other references stay as they are."""
+    references = References(file.root)
+    for path, node in walk_paths(file.root):
+        yield path, references.tensor(node)
+
+
+def tensors(file: FileContents) -> Iterator[TensorInfo]:
+    """All tensors of a file, in order; one that comes under several keys comes several times."""
+    first_paths: dict[int, str] = {}
+    for path, node in values(file):
+        if isinstance(node, TensorNode):
+            first = first_paths.setdefault(id(node), path)
+            yield TensorInfo(
+                path=path,
+                dtype=node.dtype,
+                shape=node.shape,
+                nbytes=math.prod(node.shape) * DTYPES[node.dtype].itemsize,
+                storage=node.storage,
+                flags=node.flags,
+                first_path=first if first != path else None,
+            )

@@ -1,0 +1,88 @@
+"""Checking every byte of a checkpoint and its commit record, and saying all that is wrong."""
+
+from contextlib import closing
+
+from lastgood._contents.checking import Findings, verify_archive, verify_torch_file
+from lastgood._contents.model import VerifyReport
+from lastgood._contents.reading import local_storage, open_file, rank_files, require_file
+from lastgood._memory import paused_garbage_collection
+from lastgood.errors import CorruptCheckpointError, StorageError
+from lastgood.format.archive import Archive, open_archive
+from lastgood.format.commit import read_manifest
+from lastgood.format.manifest import Manifest, checkpoint_file, manifest_file
+from lastgood.format.spec import crc32
+from lastgood.storage.base import StorageBackend
+
+
+def verify_checkpoint(path: str, storage: StorageBackend | None = None) -> VerifyReport:
+    """Check every byte of the file ``path``, or of the checkpoint directory ``path`` and its commit record.
+
+    Damage is reported, not raised. Raises :class:`~lastgood.errors.CheckpointNotFoundError` where there is nothing to
+    check.
+    """
+    storage = local_storage() if storage is None else storage
+    findings = Findings(path)
+    ranks = rank_files(storage, path)
+    if not ranks:
+        require_file(storage, path)
+        _verify_file(storage, path, findings)
+    else:
+        _verify_directory(storage, path, ranks, findings)
+    return findings.report()
+
+
+def _verify_directory(storage: StorageBackend, path: str, ranks: dict[int, str], findings: Findings) -> None:
+    manifest: Manifest | None = None
+    manifest_is_there = storage.exists(manifest_file(path))
+    try:
+        manifest = read_manifest(storage, path)
+    except (CorruptCheckpointError, StorageError) as error:
+        findings.wrong(manifest_file(path), str(error))
+    expected = set(range(manifest.world_size)) if manifest is not None else {0}
+    for rank, name in ranks.items():
+        archive = _verify_file(storage, name, findings)
+        if archive is None:
+            if manifest is not None and not any(problem.file == name for problem in findings.problems):
+                findings.wrong(name, "its manifest names a file of lastgood's, and lastgood did not write this one")
+            continue
+        index = archive.index
+        if index.rank != rank:
+            findings.wrong(name, f"it was written by rank {index.rank}: somebody renamed it")
+        elif manifest is not None:
+            _compare_with_manifest(archive, manifest, findings)
+        elif index.world_size > 1 and not index.independent and not manifest_is_there:
+            findings.wrong(name, f"it is one of {index.world_size} ranks' and no manifest commits it")
+        if manifest is None:
+            expected |= set(range(index.world_size))
+    for rank in sorted(expected - set(ranks)):
+        findings.wrong(checkpoint_file(path, rank), "the file is not there")
+
+
+def _compare_with_manifest(archive: Archive, manifest: Manifest, findings: Findings) -> None:
+    index, name = archive.index, archive.file.path
+    if index.rank >= manifest.world_size or index.world_size != manifest.world_size:
+        findings.wrong(name, f"it is one of {index.world_size} ranks', its manifest names {manifest.world_size}")
+        return
+    entry = manifest.files[index.rank]
+    found = (index.save_id, archive.file.size, crc32(archive.trailer_bytes))
+    if (entry.save_id, entry.size, entry.trailer_crc) != found:
+        findings.wrong(name, "it is not the file that its manifest names: it belongs to another save")
+
+
+def _verify_file(storage: StorageBackend, path: str, findings: Findings) -> Archive | None:
+    """Check one file; the archive if it is one of ours that could be opened."""
+    findings.files += 1
+    try:
+        with closing(open_file(storage, path)) as file, paused_garbage_collection():
+            findings.nbytes += file.size
+            archive = open_archive(file)
+            if archive is None:
+                verify_torch_file(file, findings)
+            else:
+                verify_archive(archive, findings)
+            return archive
+    except CorruptCheckpointError as error:
+        findings.wrong(path, str(error), error.tensor)
+    except StorageError as error:
+        findings.wrong(path, str(error))
+    return None
