@@ -32,6 +32,7 @@ class CheckpointReader:
         map_location: MapLocation = None,
         verify: bool = True,
         verify_first: bool = False,
+        verify_whole: bool = False,
         mmap: bool = False,
         allow_uncommitted: bool = False,
         check_keys: CheckKeys | None = None,
@@ -46,11 +47,11 @@ class CheckpointReader:
         else was saved, raises :class:`~lastgood.errors.TargetMismatchError` before anything is changed.
 
         ``verify`` compares all that is read with its checksums; ``verify_first`` checks the whole file before any
-        target is touched; ``mmap`` maps the file and checks nothing but its index; ``allow_uncommitted`` reads a file
-        of several ranks whose save was never committed. ``check_keys`` is called with two lists of key paths, before any
-        target is touched, and may raise: those that are missing, and those that are saved in the wanted dicts and not
-        wanted.
-        ``map_location`` is that of ``torch.load``. Other arguments are accepted and ignored.
+        target is touched, ``verify_whole`` afterwards, without reading large tensors twice; ``mmap`` maps the file and
+        checks nothing but its index; ``allow_uncommitted`` reads a file of several ranks whose save was never
+        committed. ``check_keys`` is called with two lists of key paths before any target is touched, and may raise:
+        those that are missing, and those that are saved in the wanted dicts and not wanted. ``map_location`` is that
+        of ``torch.load``. Other arguments are accepted and ignored.
         """
         rank = self._rank_info.global_rank
         file_path = checkpoint_file(path, rank)
@@ -74,6 +75,7 @@ class CheckpointReader:
                 verify_first=verify_first,
                 admit=admit,
                 check_keys=check_keys,
+                verify_whole=verify_whole,
             )
         finally:
             file.close()

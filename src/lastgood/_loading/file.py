@@ -10,7 +10,7 @@ from lastgood._loading.foreign import load_foreign, verify_foreign
 from lastgood._loading.foreign_into import load_foreign_into
 from lastgood._loading.merge import CheckKeys, Merge
 from lastgood._loading.opaque_values import OpaqueValues, load_opaque_values
-from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data, read_parts, read_whole
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, check_rest, no_data, read_parts, read_whole
 from lastgood._loading.targets import copy_into, in_pieces, naming_undefined_targets, split_targets
 from lastgood._loading.values import (
     MapLocation,
@@ -45,11 +45,13 @@ def load_file(
     verify_first: bool = False,
     admit: Callable[[Archive | None], None] = lambda archive: None,
     check_keys: CheckKeys | None = None,
+    verify_whole: bool = False,
 ) -> tuple[Any, list[str]]:
     """What is in the file, and the key paths of ``target`` that are not.
 
     ``admit`` sees the archive (``None``: lastgood did not write the file) before anything of it is used, and may
-    refuse it by raising; so may ``check_keys``, for a target, before anything is changed.
+    refuse it by raising; so may ``check_keys``, for a target, before anything is changed. ``verify_whole`` checks what
+    the target does not ask for, too, after the rest.
     """
     if mmap and (target is not None or verify_first):
         raise ConfigError("mmap=True maps the file and reads nothing: it goes with neither a target nor verify_first")
@@ -72,7 +74,8 @@ def load_file(
                 return _map(archive, map_location), []
             if target is None:
                 return _load_new(archive, map_location, check=verify), []
-            return _load_into(archive, target, map_location, check=verify, check_keys=check_keys)
+            rest = verify_whole and not verify_first
+            return _load_into(archive, target, map_location, check=verify, check_keys=check_keys, verify_whole=rest)
         except InvalidIndexError as error:
             raise _impossible(archive, error) from error
 
@@ -152,7 +155,13 @@ def _map_same_file(archive: Archive) -> torch.UntypedStorage:
 
 
 def _load_into(
-    archive: Archive, target: Any, map_location: MapLocation, *, check: bool, check_keys: CheckKeys | None
+    archive: Archive,
+    target: Any,
+    map_location: MapLocation,
+    *,
+    check: bool,
+    check_keys: CheckKeys | None,
+    verify_whole: bool,
 ) -> tuple[Any, list[str]]:
     index = archive.index
     table = ObjectTable(archive.nodes)
@@ -171,8 +180,20 @@ def _load_into(
         read_parts(archive, requests, check=check, owner=(pool, direct))
         _mark_changed([tensor for tensor, _ in direct])
         _load_staged(archive, staged, opaque, check=check)
+        if verify_whole:
+            check_rest(archive, _wholly_read(archive, wanted) if check else ())
         pool.relocate()
         return merge.carry_out(ValueBuilder(table, pool.tensor, opaque)), merge.missing
+
+
+def _wholly_read(archive: Archive, nodes: list[TensorNode | OpaqueNode]) -> set[int]:
+    """The records whose data is that of one of these tensors, from the first byte to the last."""
+    records = archive.layout.records
+    return {
+        FIRST_STORAGE + node.storage
+        for node in nodes
+        if isinstance(node, TensorNode) and byte_range(node) == (0, records[FIRST_STORAGE + node.storage].size)
+    }
 
 
 def _mark_changed(tensors: list[torch.Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Reading an archive's bytes into memory: large parallel reads, each block checked right after it has come in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lastgood import _events
 from lastgood._memory import address_of, copy_memory, memory_at
@@ -56,18 +56,31 @@ def read_whole(archive: Archive, requests: Sequence[Request], *, owner: object =
     one that follows from the index.
     """
     records = archive.layout.records
-    pickle_view = memoryview(bytearray(archive.index.pickle_size))
-    addresses = {0: address_of(pickle_view)}
+    addresses = {}
     others = []
     for request in requests:
         if request.start == 0 and request.end == records[request.record].size:
             addresses[request.record] = request.address
         else:
             others.append(request)
-    owner = (owner, pickle_view)
-    _execute(archive, plan_whole(archive.layout, addresses), addresses, check=True, owner=owner)
-    check_pickle(archive, pickle_view)
+    _read_and_check(archive, addresses, (), owner)
     read_parts(archive, others, check=True, owner=owner)
+
+
+def check_rest(archive: Archive, done: Collection[int]) -> None:
+    """Check every byte of the file, as :func:`read_whole` does, but the data of the records in ``done``.
+
+    For a file of which a part has been read and checked already; small records are read once more all the same.
+    """
+    _read_and_check(archive, {}, done, None)
+
+
+def _read_and_check(archive: Archive, addresses: dict[int, int], done: Collection[int], owner: object) -> None:
+    pickle_view = memoryview(bytearray(archive.index.pickle_size))
+    addresses[0] = address_of(pickle_view)
+    reads = plan_whole(archive.layout, addresses, done)
+    _execute(archive, reads, addresses, check=True, owner=(owner, pickle_view))
+    check_pickle(archive, pickle_view)
 
 
 def check_pickle(archive: Archive, pickle_bytes: memoryview) -> None:

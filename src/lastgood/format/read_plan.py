@@ -1,6 +1,6 @@
 """Which byte ranges of a file to read, in what pieces, and what to do with them. Nothing here reads anything."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
@@ -70,8 +70,11 @@ class WholeRead(msgspec.Struct, frozen=True, gc=False):
 Read = DirectRead | ScatterRead | WholeRead
 
 
-def plan_whole(layout: Layout, addresses: Mapping[int, int]) -> list[Read]:
-    """Reads that touch every byte of the file; ``addresses`` says where the data of which records is wanted."""
+def plan_whole(layout: Layout, addresses: Mapping[int, int], done: Collection[int] = ()) -> list[Read]:
+    """Reads that touch every byte of the file; ``addresses`` says where the data of which records is wanted.
+
+    Of the records in ``done``, the data of large ones is left out.
+    """
     reads: list[Read] = []
     records, checked = layout.records, len(layout.checked)
     first = offset = 0
@@ -80,7 +83,8 @@ def plan_whole(layout: Layout, addresses: Mapping[int, int]) -> list[Read]:
         if end - start >= DIRECT_FROM and number < checked:
             # The bytes before its data are read with the small records before it; its data by itself.
             reads.append(WholeRead(offset, start - offset, first, number))
-            reads += _read_large(number, start, end - start, addresses.get(number, 0))
+            if number not in done:
+                reads += _read_large(number, start, end - start, addresses.get(number, 0))
             first, offset = number + 1, end
         elif end - offset >= RUN_SIZE:
             reads.append(WholeRead(offset, end - offset, first, number + 1))

@@ -1,11 +1,12 @@
 """What follows each save, on rank 0: a line in the log, and the end of checkpoints that no rule keeps any more."""
 
+import threading
 import time
 from collections.abc import Sequence
 
 from lastgood import _events
 from lastgood.manager.housekeeping import Housekeeping
-from lastgood.manager.removal import prune
+from lastgood.manager.removal import PruneReport, prune
 from lastgood.manager.retention import RetentionRule
 from lastgood.manager.run_log import (
     Record,
@@ -33,6 +34,7 @@ class Bookkeeping:
         self._rules = tuple(rules)
         self._housekeeping = housekeeping
         self._protected: dict[int, str] = {}
+        self._pruning = threading.Lock()
 
     def open(self, record: Record) -> None:
         """The first line of this process."""
@@ -53,13 +55,24 @@ class Bookkeeping:
         if record.outcome == "durable":
             self._protected = {record.step: "the last that was saved"}
             if self._rules:
-                self._housekeeping.do(self._prune)
+                self._housekeeping.do(lambda: self.prune(dry_run=False, clear_files=False) and None)
 
-    def _prune(self) -> None:
-        with _events.phase("retention", self._root):
+    def prune(self, *, dry_run: bool, clear_files: bool) -> PruneReport:
+        """Carry out the run's retention, or say what that would be."""
+        with self._pruning, _events.phase("retention", self._root):
             report = prune(
-                self._storage, self._root, self._rules, protected=self._protected, dry_run=False, clear_files=False
+                self._storage,
+                self._root,
+                self._rules,
+                protected=self._protected,
+                dry_run=dry_run,
+                clear_files=clear_files,
             )
+        if not dry_run:
+            self._tell(report)
+        return report
+
+    def _tell(self, report: PruneReport) -> None:
         for entry, reason in report.skipped:
             _events.logger.warning("the checkpoint of step %d could not be removed: %s", entry.step, reason)
         if report.removed:

@@ -25,6 +25,7 @@ from lastgood.manager.preemption import PREEMPTION_SIGNALS, PreemptionNotice
 from lastgood.manager.progress import shown_progress
 from lastgood.manager.random_states import RANDOM_STATES_KEY, take_random_states
 from lastgood.manager.ranks import find_ranks
+from lastgood.manager.removal import PruneReport
 from lastgood.manager.resume import PassedOver, Resumed, find_candidates, load_exactly, on_all, resume, set_aside
 from lastgood.manager.retention import RetentionRule, decide
 from lastgood.manager.run_log import RestoreRecord, SaveRecord, SetAsideRecord
@@ -61,6 +62,8 @@ class CheckpointManager:
     With several ranks, that is with a default process group, every rank makes a manager, and calls :meth:`is_due`,
     :meth:`save_if_due`, :meth:`save`, :meth:`restore` and :meth:`set_aside` at the same steps: they agree there.
 
+    A relative ``root`` is taken from the working directory of this moment, and stays there when that changes.
+
     Everything is found from what is on disk. Not for use by several threads at once.
     """
 
@@ -82,7 +85,7 @@ class CheckpointManager:
         config: CheckpointerConfig | None = None,
         storage: StorageBackend | None = None,
     ) -> None:
-        self._root = _root_path(root)
+        self._root = _root_path(root) if storage is not None else os.path.join(os.getcwd(), _root_path(root))
         self._config = CheckpointerConfig() if config is None else config
         self._schedule = Schedule(every_steps, every_secs, overhead, mean_secs_between_failures)
         self._failures = Failures(on_failure)
@@ -376,6 +379,14 @@ class CheckpointManager:
     def latest(self) -> int | None:
         """The newest step with a committed checkpoint."""
         return max(self.steps(), default=None)
+
+    def prune(self, *, dry_run: bool = False) -> PruneReport:
+        """Remove at once what no rule keeps; with ``dry_run``, only say what would go, what would stay, and why.
+
+        After each save this is done in the background; here leftovers of unfinished saves go, too.
+        """
+        self._require_open()
+        return self._ranks.from_first(lambda: self._books.prune(dry_run=dry_run, clear_files=True))
 
     # The end
 

@@ -49,6 +49,8 @@ class StateLoader:
             check_keys=target.check_keys if self._strict else None,
             # What one checkpoint has half filled, the next need not hold.
             verify_first=not self._strict,
+            # Damage in a part that is not asked for is damage, too.
+            verify_whole=True,
         )
         self._target = target
 

@@ -388,3 +388,17 @@ def test_the_first_look_gets_memory_ready_for_the_first_save(tmp_path: Path) -> 
     finally:
         unsubscribe()
     assert [event.phase for event in events].count("prewarm") == 1
+
+
+def test_what_would_go_is_said_without_doing_it(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, asynchronous=False) as manager:
+        for step in range(5):
+            manager.save(step, state_of(step))
+    with CheckpointManager(tmp_path, asynchronous=False, keep=[KeepLast(1), lastgood.KeepSteps([2])]) as manager:
+        planned = manager.prune(dry_run=True)
+        assert [verdict.entry.step for verdict in planned.removed] == [0, 1, 3]
+        assert all(verdict.reasons for verdict in (*planned.removed, *planned.decision.keep))
+        assert manager.steps() == [0, 1, 2, 3, 4]
+        done = manager.prune()
+        assert done.removed == planned.removed
+        assert manager.steps() == [2, 4]
