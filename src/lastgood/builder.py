@@ -17,6 +17,7 @@ from lastgood.errors import ConfigError
 from lastgood.format.commit import refuse_committed
 from lastgood.staging import DefaultStager
 from lastgood.storage._in_time import StorageInTime
+from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
 from lastgood.types import RankInfo
 
@@ -25,8 +26,10 @@ def make_sync_checkpointer(
     config: CheckpointerConfig | None = None,
     rank_info: RankInfo | None = None,
     commit_hook: WriterHook | None = None,
+    *,
+    storage: StorageBackend | None = None,
 ) -> SyncCheckpointer:
-    """A checkpointer that saves before it returns.
+    """A checkpointer that saves before it returns, to local files or another ``storage``.
 
     Without ``rank_info``, the rank and world size of the default process group, or a single rank if there is none.
     Several ranks without a configured barrier write independent files: each is atomic by itself.
@@ -34,8 +37,8 @@ def make_sync_checkpointer(
     config = CheckpointerConfig() if config is None else config
     rank_info = _current_rank_info() if rank_info is None else rank_info
     barrier = create_barrier_from_config(config.barrier_config)
-    writer = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook)
-    return SyncCheckpointer(writer, CheckpointReader(rank_info))
+    writer = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook, storage=storage)
+    return SyncCheckpointer(writer, CheckpointReader(rank_info, storage=storage))
 
 
 def make_async_checkpointer(

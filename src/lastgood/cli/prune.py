@@ -25,6 +25,7 @@ from lastgood.manager.run_log import (
     end_torn_line,
     read_run_log,
 )
+from lastgood.manager.verification import require_good
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
 
@@ -69,7 +70,8 @@ def prune(
     """Remove the checkpoints that no rule keeps, and what killed saves have left behind.
 
     It only says what would go, and why, unless you add --yes. A checkpoint goes only if a newer one is committed; the
-    newest one always stays, and so does everything whose name is not exactly lastgood's.
+    newest one always stays (with --yes, every byte of it is verified before anything goes), and so does everything
+    whose name is not exactly lastgood's.
 
     \b
     Rules:
@@ -126,7 +128,11 @@ def _prune(
     planned = removal.prune(storage, root, rules, protected=protected, dry_run=True)
     leftovers = planned.leftovers
     sizes = {entry.path: disk_size(entry.path) for entry in leftovers}
-    report = planned if dry_run else removal.prune(storage, root, rules, protected=protected, dry_run=False)
+    report = (
+        planned
+        if dry_run
+        else removal.prune(storage, root, rules, protected=protected, dry_run=False, check=require_good)
+    )
     if not dry_run:
         _note(storage, root, report)
         leftovers = report.leftovers

@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lastgood import _events
+from lastgood.manager.catalog import Entry
 from lastgood.manager.housekeeping import Housekeeping
 from lastgood.manager.removal import PruneReport, prune
 from lastgood.manager.retention import RetentionRule
@@ -35,15 +36,20 @@ class Bookkeeping:
         self._housekeeping = housekeeping
         self._protected: dict[int, str] = {}
         self._pruning = threading.Lock()
+        self._line_may_be_torn = True  # whatever the process before left
 
     def open(self, record: Record) -> None:
         """The first line of this process."""
-        self._housekeeping.do(lambda: end_torn_line(self._storage, self._root))
         self.note(record)
 
     def note(self, record: Record) -> None:
         """One more line."""
-        self._housekeeping.do(lambda: append_record(self._storage, self._root, record))
+        self._housekeeping.do(lambda: self._append(record))
+
+    def _append(self, record: Record) -> None:
+        if self._line_may_be_torn:
+            end_torn_line(self._storage, self._root)
+        self._line_may_be_torn = not append_record(self._storage, self._root, record)
 
     def resumed(self, step: int) -> None:
         """The run goes on from this checkpoint: it stays until there is a later one of this run."""
@@ -55,10 +61,16 @@ class Bookkeeping:
         if record.outcome == "durable":
             self._protected = {record.step: "the last that was saved"}
             if self._rules:
-                self._housekeeping.do(lambda: self.prune(dry_run=False, clear_files=False) and None)
+                self._housekeeping.do(self._prune_after_save)
 
-    def prune(self, *, dry_run: bool, clear_files: bool) -> PruneReport:
-        """Carry out the run's retention, or say what that would be."""
+    def _prune_after_save(self) -> None:
+        # Without looking at the newest one's data: this process has just written it.
+        self.prune(dry_run=False, clear_files=False, check=None)
+
+    def prune(
+        self, *, dry_run: bool, clear_files: bool, check: Callable[[StorageBackend, Entry], None] | None
+    ) -> PruneReport:
+        """Carry out the run's retention, or say what that would be; ``check`` as for :func:`prune`."""
         with self._pruning, _events.phase("retention", self._root):
             report = prune(
                 self._storage,
@@ -67,6 +79,7 @@ class Bookkeeping:
                 protected=self._protected,
                 dry_run=dry_run,
                 clear_files=clear_files,
+                check=check,
             )
         if not dry_run:
             self._tell(report)
@@ -80,4 +93,4 @@ class Bookkeeping:
                 [StepReasons(verdict.entry.step, list(verdict.reasons)) for verdict in verdicts]
                 for verdicts in (report.removed, report.decision.keep)
             )
-            append_record(self._storage, self._root, RemoveRecord(time=time.time(), removed=removed, kept=kept))
+            self.note(RemoveRecord(time=time.time(), removed=removed, kept=kept))

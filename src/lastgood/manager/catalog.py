@@ -51,6 +51,9 @@ class Condition(enum.StrEnum):
     UNFINISHED = "unfinished"
     """Nothing, or only files of some ranks: a save that was killed, failed, or is still under way."""
 
+    MISPLACED = "misplaced"
+    """The checkpoint of another step: somebody copied or renamed it."""
+
     DAMAGED = "damaged"
     """Commit record or files are there, and cannot be what was written."""
 
@@ -189,6 +192,8 @@ def _judge(storage: StorageBackend, step: int, path: str, files: set[int], manif
         return entry(Condition.DAMAGED, f"the files of the ranks {listed}, which belong to it, are not there", first)
     if first.rank != 0:
         return entry(Condition.DAMAGED, f"its file of rank 0 was written by rank {first.rank}", first)
+    if first.step not in (None, step):
+        return entry(Condition.MISPLACED, f"it is the checkpoint of step {first.step}: a copy, or renamed", first)
     return entry(Condition.COMMITTED, first=first)
 
 

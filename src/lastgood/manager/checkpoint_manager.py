@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
-from lastgood import _events
 from lastgood._events import logger
 from lastgood.checkpoint_reader import CheckpointReader
 from lastgood.checkpointer import AsyncCheckpointer
@@ -17,7 +16,7 @@ from lastgood.config import CheckpointerConfig
 from lastgood.errors import ConfigError, LastgoodError, SaveTimeoutError, UnsupportedStateError
 from lastgood.format.index_head import LARGEST_METRICS, are_metrics, noted_in_head
 from lastgood.manager.bookkeeping import Bookkeeping
-from lastgood.manager.catalog import Entry, read_catalog, read_entry, step_name
+from lastgood.manager.catalog import read_catalog, step_name
 from lastgood.manager.failures import Failures, OnFailure
 from lastgood.manager.housekeeping import Housekeeping
 from lastgood.manager.parts import make_checkpointer, opening_record
@@ -26,13 +25,14 @@ from lastgood.manager.progress import shown_progress
 from lastgood.manager.random_states import RANDOM_STATES_KEY, take_random_states
 from lastgood.manager.ranks import find_ranks
 from lastgood.manager.removal import PruneReport
-from lastgood.manager.resume import PassedOver, Resumed, find_candidates, load_exactly, on_all, resume, set_aside
+from lastgood.manager.restoring import Restoring
+from lastgood.manager.resume import PassedOver
 from lastgood.manager.retention import RetentionRule, decide
-from lastgood.manager.run_log import RestoreRecord, SaveRecord, SetAsideRecord
+from lastgood.manager.run_log import SaveRecord
 from lastgood.manager.saves import SaveInFlight
 from lastgood.manager.schedule import Schedule
 from lastgood.manager.state import state_dict_of
-from lastgood.manager.state_loader import StateLoader
+from lastgood.manager.verification import require_good
 from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
@@ -64,7 +64,8 @@ class CheckpointManager:
 
     A relative ``root`` is taken from the working directory of this moment, and stays there when that changes.
 
-    Everything is found from what is on disk. Not for use by several threads at once.
+    Everything is found from what is on disk. ``storage`` is another backend than local files, for synchronous managers.
+    Not for use by several threads at once.
     """
 
     def __init__(
@@ -99,10 +100,18 @@ class CheckpointManager:
         self._ranks = find_ranks()
         self._is_first = self._ranks.info.global_rank == 0
         self._is_asynchronous = asynchronous
-        self._checkpointer = make_checkpointer(self._config, self._ranks, asynchronous=asynchronous)
-        self._reader = CheckpointReader(self._ranks.info, storage=storage)
+        self._checkpointer = make_checkpointer(self._config, self._ranks, storage, asynchronous=asynchronous)
         self._housekeeping = Housekeeping()
         self._books = Bookkeeping(self._storage, self._root, rules, self._housekeeping)
+        self._restoring = Restoring(
+            self._storage,
+            self._root,
+            self._ranks,
+            CheckpointReader(self._ranks.info, storage=storage),
+            self._books,
+            random_states=random_states,
+            writer_timeout_secs=self._timeout_secs,
+        )
         self._in_flight: list[SaveInFlight] = []
         self._answer: tuple[int, bool] | None = None
         self._last_save: SaveInFlight | None = None
@@ -267,7 +276,9 @@ class CheckpointManager:
         if deadline_secs is not None:
             deadline = now + deadline_secs
         if not self._is_saved(step):
-            if not self._wait_until(deadline):  # a save before this one is in the way
+            # The save of one rank alone would only wait for the others.
+            (is_obstructed,) = self._ranks.any_of(not self._wait_until(deadline))
+            if is_obstructed:
                 logger.warning("no time was left to save step %d: an earlier save is still being written", step)
                 return False
             self.save(step, state, metrics)
@@ -301,7 +312,8 @@ class CheckpointManager:
         ``None`` means that there is none at all. A checkpoint that is damaged or unfinished is passed over, which the
         log says; a damaged one is set aside under another name, never deleted, once an older one has been loaded. When
         there are checkpoints and none can be used, raises :class:`~lastgood.errors.CorruptCheckpointError`. A save that
-        an earlier process is still writing is waited for. With ``step``, exactly that one, or its error.
+        an earlier process is still writing is waited for (not with several ranks). With ``step``, exactly that one, or
+        its error.
 
         Tensors, parameters and buffers are filled in place; other objects are given their part by ``load_state_dict``;
         plain values are put into ``state``. With ``strict``, the keys of ``state`` and of its modules have to be those
@@ -310,65 +322,19 @@ class CheckpointManager:
         """
         self._require_open()
         _check_state(state)
-        began = time.perf_counter()
+        if step is not None:
+            _check_arguments(step, None)
         wait([save.over for save in self._in_flight], self._timeout_secs)
-        loader = StateLoader(
-            self._reader,
-            self._ranks.info.global_world_size,
-            state,
-            random_states=self._random_states,
-            strict=strict,
-            map_location=map_location,
-        )
-        with _events.phase("restore", self._root), shown_progress("loading"):
-            entries = self._ranks.from_first(lambda: self._entries_to_resume(step))
-            if step is None:
-                resumed = resume(entries, loader.read, self._ranks)
-            else:
-                resumed = load_exactly(entries[0], loader.read, self._ranks)
-            on_all(loader.put, self._ranks, "put in place what was loaded", self._root)
+        resumed = self._restoring.restore(state, step, strict=strict, map_location=map_location)
         self.passed_over = resumed.passed_over
-        if self._is_first:
-            self._note_resumed(resumed, time.perf_counter() - began)
         self._answer = None
         return resumed.step
-
-    def _entries_to_resume(self, step: int | None) -> list[Entry]:
-        if step is None:
-            return find_candidates(self._storage, self._root, writer_timeout_secs=self._timeout_secs)
-        _check_arguments(step, None)
-        later = [found for found in self.steps() if found > step]
-        if later:
-            logger.warning(
-                "restoring step %d, but there are checkpoints of later steps (%s): a restart without a step would "
-                "resume from the newest of all. set_aside() takes one out of the way.",
-                step,
-                ", ".join(map(str, later)),
-            )
-        return [read_entry(self._storage, self._root, step)]
-
-    def _note_resumed(self, resumed: Resumed, seconds: float) -> None:
-        for passed in resumed.passed_over:
-            if passed.is_damaged:
-                try:
-                    self._set_aside(passed.step, passed.problem)
-                except LastgoodError as error:  # the run has what it needs, and the next save may replace it
-                    logger.warning("the checkpoint of step %d could not be set aside: %s", passed.step, error)
-        if resumed.step is not None:
-            self._books.resumed(resumed.step)
-        self._books.note(
-            RestoreRecord(time=time.time(), step=resumed.step, seconds=seconds, passed_over=resumed.problems())
-        )
 
     def set_aside(self, step: int) -> None:
         """Take the checkpoint of ``step`` out of the way, under another name: no run resumes from it any more."""
         self._require_open()
-        self._ranks.from_first(lambda: self._set_aside(step, "it was asked for"))
-
-    def _set_aside(self, step: int, problem: str) -> None:
-        name = set_aside(self._storage, self._root, step)
-        logger.warning("the checkpoint of step %d is set aside as %s: %s", step, name, problem)
-        self._books.note(SetAsideRecord(time=time.time(), step=step, name=name, problem=problem))
+        _check_arguments(step, None)
+        self._restoring.set_aside(step)
 
     # What is there
 
@@ -383,10 +349,12 @@ class CheckpointManager:
     def prune(self, *, dry_run: bool = False) -> PruneReport:
         """Remove at once what no rule keeps; with ``dry_run``, only say what would go, what would stay, and why.
 
-        After each save this is done in the background; here leftovers of unfinished saves go, too.
+        After each save this is done in the background; here leftovers of unfinished saves go, too. Before anything is
+        removed, every byte of the newest checkpoint that stays is verified:
+        :class:`~lastgood.errors.CorruptCheckpointError` if it is damaged.
         """
         self._require_open()
-        return self._ranks.from_first(lambda: self._books.prune(dry_run=dry_run, clear_files=True))
+        return self._ranks.from_first(lambda: self._books.prune(dry_run=dry_run, clear_files=True, check=require_good))
 
     # The end
 

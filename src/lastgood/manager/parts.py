@@ -11,23 +11,27 @@ from lastgood.barriers import BarrierConfig
 from lastgood.builder import make_async_checkpointer, make_sync_checkpointer
 from lastgood.checkpointer import AsyncCheckpointer, SyncCheckpointer
 from lastgood.config import CheckpointerConfig
+from lastgood.errors import ConfigError
 from lastgood.manager.ranks import Ranks
 from lastgood.manager.retention import RetentionRule, rules_to_json
 from lastgood.manager.run_log import RunRecord
+from lastgood.storage.base import StorageBackend
 
 _BARRIER_SET_UP_SECS = 300
 
 
 def make_checkpointer(
-    config: CheckpointerConfig, ranks: Ranks, *, asynchronous: bool
+    config: CheckpointerConfig, ranks: Ranks, storage: StorageBackend | None, *, asynchronous: bool
 ) -> AsyncCheckpointer | SyncCheckpointer:
     """A checkpointer for this rank. Several ranks commit together: without a barrier of the user's they get one."""
     if ranks.info.global_world_size > 1 and config.barrier_config.barrier_type is None:
         config = copy.copy(config)
         config.barrier_config = _barrier_of_all(config, ranks)
-    if asynchronous:
-        return make_async_checkpointer(config, ranks.info)
-    return make_sync_checkpointer(config, ranks.info)
+    if not asynchronous:
+        return make_sync_checkpointer(config, ranks.info, storage=storage)
+    if storage is not None:
+        raise ConfigError("a checkpoint process writes to local files; for another storage, pass asynchronous=False")
+    return make_async_checkpointer(config, ranks.info)
 
 
 def _barrier_of_all(config: CheckpointerConfig, ranks: Ranks) -> BarrierConfig:

@@ -1,7 +1,7 @@
 """Removing checkpoints that no rule keeps, so that whatever dies in the middle, nothing half removed counts as one."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import msgspec
@@ -36,16 +36,22 @@ def prune(
     protected: Mapping[int, str],
     dry_run: bool,
     clear_files: bool = True,
+    check: Callable[[StorageBackend, Entry], None] | None = None,
 ) -> PruneReport:
     """Remove what no rule keeps, and what unfinished saves have left; with ``dry_run``, only say what that would be.
 
     Each is removed by :func:`remove_checkpoint`; one that cannot be is skipped, and the others are removed all the
     same. With ``clear_files=False``, an unfinished save is only cleared away if it has left no rank's file.
+
+    Commit records say which checkpoints count, not the data. ``check`` is called with the newest of those that stay,
+    before anything is removed, and raises if it is damaged.
     """
     catalog = read_catalog(storage, root)
     decision = decide(catalog.entries, rules, protected=protected)
     abandoned = leftovers(storage, catalog, with_files=clear_files)
     skipped: list[tuple[Entry, str]] = []
+    if check is not None and decision.remove and not dry_run:
+        check(storage, decision.keep[-1].entry)
 
     def is_gone(entry: Entry) -> bool:
         try:

@@ -63,12 +63,14 @@ def find_candidates(storage: StorageBackend, root: str, *, writer_timeout_secs: 
     entries = sorted(read_catalog(storage, root).entries, key=lambda entry: entry.step, reverse=True)
     newer = list(itertools.takewhile(lambda entry: not entry.is_committed, entries))
     for number, entry in enumerate(newer):
-        if entry.condition is Condition.UNFINISHED:
-            entries[number] = _once_written(storage, root, entry, writer_timeout_secs)
+        entries[number] = once_written(storage, root, entry, writer_timeout_secs)
     return entries
 
 
-def _once_written(storage: StorageBackend, root: str, entry: Entry, timeout_secs: float) -> Entry:
+def once_written(storage: StorageBackend, root: str, entry: Entry, timeout_secs: float) -> Entry:
+    """The entry as it is when nobody writes its file any more; waits at most ``timeout_secs``."""
+    if entry.condition is not Condition.UNFINISHED or not storage.exists(entry.path):
+        return entry
     lock = None
     try:
         # Where nothing can be locked, as on a disk that is read only, nobody is writing either.

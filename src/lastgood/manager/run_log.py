@@ -105,13 +105,15 @@ Record: TypeAlias = RunRecord | SaveRecord | RestoreRecord | RemoveRecord | SetA
 _decoder = msgspec.json.Decoder(Record)
 
 
-def append_record(storage: StorageBackend, root: str, record: Record) -> None:
-    """Add a line. A log that cannot be written is no reason to stop: it is said, and that is all."""
+def append_record(storage: StorageBackend, root: str, record: Record) -> bool:
+    """Add a line; returns whether it is there. A log that cannot be written is no reason to stop: it is said."""
     path = os.path.join(root, RUN_LOG_NAME)
     try:
         storage.append(path, msgspec.json.encode(record) + b"\n")
     except StorageError as error:
         logger.warning("the run's log lacks a line: %s", error)
+        return False
+    return True
 
 
 def end_torn_line(storage: StorageBackend, root: str) -> None:

@@ -1,9 +1,10 @@
 """Loading checkpoints into the state of a training."""
 
+from functools import partial
 from typing import Any
 
 from lastgood.checkpoint_reader import CheckpointReader
-from lastgood.errors import ConfigError
+from lastgood.errors import ConfigError, MissingKeysError
 from lastgood.manager.catalog import Entry
 from lastgood.manager.random_states import RANDOM_STATES_KEY, set_random_states
 from lastgood.manager.state import StateTarget
@@ -46,13 +47,23 @@ class StateLoader:
             entry.path,
             target.target,
             map_location=self._map_location,
-            check_keys=target.check_keys if self._strict else None,
+            check_keys=partial(self._check_keys, target, entry) if self._strict else None,
             # What one checkpoint has half filled, the next need not hold.
             verify_first=not self._strict,
             # Damage in a part that is not asked for is damage, too.
             verify_whole=True,
         )
         self._target = target
+
+    def _check_keys(self, target: StateTarget, entry: Entry, missing: list[str], unread: list[str]) -> None:
+        if RANDOM_STATES_KEY in missing:
+            raise MissingKeysError(
+                f"{entry.path} was saved without the states of random number generators; nothing has been changed. "
+                "Make the manager with random_states=False to resume from it, or pass strict=False.",
+                missing_keys=(RANDOM_STATES_KEY,),
+                path=entry.path,
+            )
+        target.check_keys(missing, unread)
 
     def put(self) -> None:
         """Give the objects of the state what the last call of :meth:`read` has read."""

@@ -17,10 +17,10 @@ from lastgood.storage.file_ops import FileOps, OsFileOps
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What was found under a root at one moment.
 
-    ``noted_steps``: what the files of each committed step say of their step, where they say anything. ``traces``: what
-    writers have, or have left, in the directory of each step, and with the key ``None`` in the root itself.
-    ``strangers``: names in the directories of unfinished steps that are not lastgood's. ``set_aside``: sizes by name.
-    ``plain_files``: files that have a step's name. ``log_problem``: why the run's log cannot be read. ``available``:
+    ``noted_steps``: for each step whose directory holds the checkpoint of another one, which one that is.
+    ``traces``: what writers have, or have left, in the directory of each step, and with the key ``None`` in the root
+    itself. ``strangers``: names in the directories of unfinished steps that are not lastgood's. ``set_aside``: sizes by
+    name. ``plain_files``: files that have a step's name. ``log_problem``: why the run's log cannot be read. ``available``:
     the bytes that may still be written, if that is known.
     """
 
@@ -47,7 +47,8 @@ def look(storage: StorageBackend, root: str, ops: FileOps | None = None) -> Fact
     except OSError:
         available = None
     places = {entry.step: entry.path for entry in catalog.entries}
-    identities = {entry.step: identity_of(storage, checkpoint_file(entry.path, 0)) for entry in catalog.committed}
+    misplaced = [entry for entry in catalog.entries if entry.condition is Condition.MISPLACED]
+    identities = {entry.step: identity_of(storage, checkpoint_file(entry.path, 0)) for entry in misplaced}
     return Facts(
         root=root,
         now=time.time(),

@@ -149,9 +149,10 @@ def _of_step(facts: Facts, entry: Entry) -> Iterator[Finding]:
             yield _foreign(entry)
         case Condition.UNREADABLE:
             yield _unreadable(facts, entry)
+        case Condition.MISPLACED:
+            yield from _renamed(facts, entry)
         case Condition.COMMITTED:
             yield from _clock(facts, entry)
-            yield from _renamed(facts, entry)
     for trace in traces:
         yield _trace(trace, entry)
 
@@ -279,8 +280,7 @@ def _renamed(facts: Facts, entry: Entry) -> Iterator[Finding]:
         path=entry.path,
         step=entry.step,
         what=f"The directory of step {entry.step} holds a checkpoint that was saved as step {noted}.",
-        means=f"Somebody renamed or copied it. A run that resumes here counts from {entry.step}, with the state of "
-        f"step {noted}.",
+        means="Somebody renamed or copied it. It does not count: a run that resumes passes it over.",
         safe="Its bytes are not affected by its name.",
         do=do,
         command=command,

@@ -52,6 +52,8 @@ def _further_sentences(catalog: Catalog, counts: Counter[Condition], set_aside: 
         )
     if count := counts[Condition.FOREIGN]:
         sentences.append(f"{count_in_words(count, 'checkpoint')} lastgood did not write.")
+    if count := counts[Condition.MISPLACED]:
+        sentences.append(f"{count_in_words(count, 'checkpoint')} {'is' if count == 1 else 'are'} of another step.")
     if set_aside:
         are = "was" if set_aside == 1 else "were"
         sentences.append(f"{count_in_words(set_aside, 'damaged checkpoint')} {are} set aside by a resume.")

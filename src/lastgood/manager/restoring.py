@@ -1,0 +1,101 @@
+"""Restoring a training's state from the checkpoints of its run, and what that leaves on disk and in the log."""
+
+import time
+from typing import Any
+
+from lastgood import _events
+from lastgood._events import logger
+from lastgood.checkpoint_reader import CheckpointReader
+from lastgood.errors import LastgoodError
+from lastgood.manager.bookkeeping import Bookkeeping
+from lastgood.manager.catalog import Entry, read_catalog, read_entry
+from lastgood.manager.progress import shown_progress
+from lastgood.manager.ranks import Ranks
+from lastgood.manager.resume import Resumed, find_candidates, load_exactly, on_all, once_written, resume, set_aside
+from lastgood.manager.run_log import RestoreRecord, SetAsideRecord
+from lastgood.manager.state_loader import StateLoader
+from lastgood.storage.base import StorageBackend
+
+
+class Restoring:
+    """Does what :meth:`CheckpointManager.restore` and :meth:`CheckpointManager.set_aside` promise.
+
+    All ranks call it together; rank 0 looks at the disk for all, and keeps the books.
+    """
+
+    def __init__(
+        self,
+        storage: StorageBackend,
+        root: str,
+        ranks: Ranks,
+        reader: CheckpointReader,
+        books: Bookkeeping,
+        *,
+        random_states: bool,
+        writer_timeout_secs: float,
+    ) -> None:
+        self._storage = storage
+        self._root = root
+        self._ranks = ranks
+        self._reader = reader
+        self._books = books
+        self._random_states = random_states
+        self._writer_timeout_secs = writer_timeout_secs
+
+    def restore(self, state: dict[str, Any], step: int | None, *, strict: bool, map_location: Any) -> Resumed:
+        """Load the newest good checkpoint, or exactly that of ``step``, into ``state``."""
+        began = time.perf_counter()
+        loader = StateLoader(
+            self._reader,
+            self._ranks.info.global_world_size,
+            state,
+            random_states=self._random_states,
+            strict=strict,
+            map_location=map_location,
+        )
+        with _events.phase("restore", self._root), shown_progress("loading"):
+            entries = self._ranks.from_first(lambda: self._entries(step))
+            if step is None:
+                resumed = resume(entries, loader.read, self._ranks)
+            else:
+                resumed = load_exactly(entries[0], loader.read, self._ranks)
+            on_all(loader.put, self._ranks, "put in place what was loaded", self._root)
+        if self._ranks.info.global_rank == 0:
+            self._note(resumed, time.perf_counter() - began)
+        return resumed
+
+    def _entries(self, step: int | None) -> list[Entry]:
+        if step is None:
+            return find_candidates(self._storage, self._root, writer_timeout_secs=self._writer_timeout_secs)
+        later = [entry.step for entry in read_catalog(self._storage, self._root).committed if entry.step > step]
+        if later:
+            logger.warning(
+                "restoring step %d, but there are checkpoints of later steps (%s): a restart without a step would "
+                "resume from the newest of all. set_aside() takes one out of the way.",
+                step,
+                ", ".join(map(str, later)),
+            )
+        entry = read_entry(self._storage, self._root, step)
+        return [once_written(self._storage, self._root, entry, self._writer_timeout_secs)]
+
+    def _note(self, resumed: Resumed, seconds: float) -> None:
+        for passed in resumed.passed_over:
+            if passed.is_damaged:
+                try:
+                    self._set_aside(passed.step, passed.problem)
+                except LastgoodError as error:  # the run has what it needs, and the next save may replace it
+                    logger.warning("the checkpoint of step %d could not be set aside: %s", passed.step, error)
+        if resumed.step is not None:
+            self._books.resumed(resumed.step)
+        self._books.note(
+            RestoreRecord(time=time.time(), step=resumed.step, seconds=seconds, passed_over=resumed.problems())
+        )
+
+    def set_aside(self, step: int) -> None:
+        """Give the checkpoint of ``step`` another name."""
+        self._ranks.from_first(lambda: self._set_aside(step, "it was asked for"))
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        name = set_aside(self._storage, self._root, step)
+        logger.warning("the checkpoint of step %d is set aside as %s: %s", step, name, problem)
+        self._books.note(SetAsideRecord(time=time.time(), step=step, name=name, problem=problem))
