@@ -14,9 +14,11 @@ from lastgood.checkpoint_reader import CheckpointReader
 from lastgood.checkpointer import AsyncCheckpointer
 from lastgood.config import CheckpointerConfig
 from lastgood.errors import ConfigError, LastgoodError, SaveTimeoutError, UnsupportedStateError
-from lastgood.format.index_head import LARGEST_METRICS, are_metrics, noted_in_head
+from lastgood.format.index_head import noted_in_head
+from lastgood.manager.arguments import check_state, check_step_and_metrics, root_path
 from lastgood.manager.bookkeeping import Bookkeeping
 from lastgood.manager.catalog import read_catalog, step_name
+from lastgood.manager.due import DueDecision
 from lastgood.manager.failures import Failures, OnFailure
 from lastgood.manager.housekeeping import Housekeeping
 from lastgood.manager.parts import make_checkpointer, opening_record
@@ -37,7 +39,6 @@ from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
 
-_LARGEST_STEP = 10**18 - 1
 _MOMENT_SECS = 10.0
 
 
@@ -86,7 +87,7 @@ class CheckpointManager:
         config: CheckpointerConfig | None = None,
         storage: StorageBackend | None = None,
     ) -> None:
-        self._root = _root_path(root) if storage is not None else os.path.join(os.getcwd(), _root_path(root))
+        self._root = root_path(root) if storage is not None else os.path.join(os.getcwd(), root_path(root))
         self._config = CheckpointerConfig() if config is None else config
         self._schedule = Schedule(every_steps, every_secs, overhead, mean_secs_between_failures)
         self._failures = Failures(on_failure)
@@ -113,14 +114,13 @@ class CheckpointManager:
             writer_timeout_secs=self._timeout_secs,
         )
         self._in_flight: list[SaveInFlight] = []
-        self._answer: tuple[int, bool] | None = None
         self._last_save: SaveInFlight | None = None
         self.passed_over: tuple[PassedOver, ...] = ()
         """What the last :meth:`restore` could not use, newest first, each with its ``step`` and ``problem``."""
-        self._is_preempted = False
         self._is_prewarmed = False
         self._is_closed = False
         self._notice = PreemptionNotice(preemption_signals)
+        self._due = DueDecision(self._schedule, self._notice, self._ranks)
         if self._is_first:
             self._books.open(opening_record(self._ranks, rules))
 
@@ -138,7 +138,7 @@ class CheckpointManager:
         manager raises it according to ``on_failure``, now for saves before this one.
         """
         self._require_open()
-        _check_arguments(step, metrics)
+        check_step_and_metrics(step, metrics)
         self._failures.raise_if_too_many()
         path = os.path.join(self._root, step_name(step))
         noted = {"step": step, "saved_at": time.time(), "metrics": metrics}
@@ -188,7 +188,7 @@ class CheckpointManager:
         self._schedule.saved(save.step, time.monotonic(), save.stall_secs)
 
     def _state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
-        _check_state(state)
+        check_state(state)
         state_dict = state_dict_of(state)
         if not self._random_states:
             return state_dict
@@ -218,19 +218,7 @@ class CheckpointManager:
 
         Asked again for the same step, it gives the same answer.
         """
-        if self._answer is not None and self._answer[0] == step:
-            return self._answer[1]
-        now = time.monotonic()
-        # Clocks differ: the first rank's counts. Any rank's notice does.
-        due, preempted = self._ranks.any_of(
-            self._is_first and self._schedule.is_due(step, now), self._notice.came_at is not None
-        )
-        if preempted and not self._is_preempted:
-            self._is_preempted = due = True
-            logger.warning("this run is being preempted: it saves now, and should end")
-        self._schedule.looked(now, saving=due)
-        self._answer = (step, due)
-        return due
+        return self._due.is_due(step)
 
     def save_if_due(self, step: int, state: dict[str, Any], metrics: dict[str, float] | None = None) -> bool:
         """:meth:`save` if it is time to, or if the run has just been preempted; returns whether it was.
@@ -252,9 +240,7 @@ class CheckpointManager:
 
         With several ranks it turns true on all of them at the same step, in :meth:`is_due` or :meth:`save_if_due`.
         """
-        if self._ranks.info.global_world_size == 1:
-            return self._notice.came_at is not None
-        return self._is_preempted
+        return self._due.is_preempted
 
     def save_before_exit(
         self,
@@ -321,19 +307,19 @@ class CheckpointManager:
         are verified in the pass that reads them. ``map_location`` is that of ``torch.load``.
         """
         self._require_open()
-        _check_state(state)
+        check_state(state)
         if step is not None:
-            _check_arguments(step, None)
+            check_step_and_metrics(step, None)
         wait([save.over for save in self._in_flight], self._timeout_secs)
         resumed = self._restoring.restore(state, step, strict=strict, map_location=map_location)
         self.passed_over = resumed.passed_over
-        self._answer = None
+        self._due.forget()
         return resumed.step
 
     def set_aside(self, step: int) -> None:
         """Take the checkpoint of ``step`` out of the way, under another name: no run resumes from it any more."""
         self._require_open()
-        _check_arguments(step, None)
+        check_step_and_metrics(step, None)
         self._restoring.set_aside(step)
 
     # What is there
@@ -418,30 +404,6 @@ class CheckpointManager:
     def _require_open(self) -> None:
         if self._is_closed:
             raise ConfigError(f"this manager of {self._root} has been closed; make another one", path=self._root)
-
-
-def _root_path(root: str | os.PathLike[str]) -> str:
-    path = os.fspath(root)
-    if not isinstance(path, str) or not path:
-        raise ConfigError(f"{root!r} is no root for checkpoints: pass the name of a directory")
-    return path
-
-
-def _check_arguments(step: int, metrics: dict[str, float] | None) -> None:
-    if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
-        raise ConfigError(f"the step is {step!r}; it has to be an int from 0 to {_LARGEST_STEP}")
-    if metrics is not None and not are_metrics(metrics):
-        raise ConfigError(
-            f"the metrics of step {step} have to be a dict of numbers (int or float) under strings, of at most "
-            f"{LARGEST_METRICS} bytes as JSON; they are {metrics!r:.200}. Use float(loss) or loss.item() for tensors."
-        )
-
-
-def _check_state(state: Any) -> None:
-    if not isinstance(state, dict):
-        raise ConfigError(f"the state is a {type(state).__name__}; it has to be a dict, such as {{'model': model}}")
-    if RANDOM_STATES_KEY in state:
-        raise ConfigError(f"the key {RANDOM_STATES_KEY!r} of the state is the manager's own; choose another name")
 
 
 def _note_prewarmed(done: Future[None]) -> None:

@@ -20,8 +20,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     ``noted_steps``: for each step whose directory holds the checkpoint of another one, which one that is.
     ``traces``: what writers have, or have left, in the directory of each step, and with the key ``None`` in the root
     itself. ``strangers``: names in the directories of unfinished steps that are not lastgood's. ``set_aside``: sizes by
-    name. ``plain_files``: files that have a step's name. ``log_problem``: why the run's log cannot be read. ``available``:
-    the bytes that may still be written, if that is known.
+    name. ``plain_files``: files that have a step's name. ``log_problem``: why the run's log cannot be read.
+    ``available``: the bytes that may still be written, if that is known.
     """
 
     root: str
