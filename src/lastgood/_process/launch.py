@@ -15,7 +15,9 @@ from lastgood.errors import ConfigError
 from lastgood.types import RankInfo
 
 _LONGEST_TIMEOUT_SECS = 365 * 86400.0
-SIGNALS_TO_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS_TO_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Often sent to all processes of a job at once; what they mean is for the trainer to say."""
+
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
 _IOPRIO_WHO_PROCESS = 1
 _IOPRIO_BEST_EFFORT_LOWEST = (2 << 13) | 7

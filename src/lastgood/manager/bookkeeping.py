@@ -36,14 +36,19 @@ class Bookkeeping:
         self._housekeeping = housekeeping
         self._protected: dict[int, str] = {}
         self._pruning = threading.Lock()
+        self._opening: Record | None = None
         self._line_may_be_torn = True  # whatever the process before left
+        self._prune_is_waiting = False
 
     def open(self, record: Record) -> None:
-        """The first line of this process."""
-        self.note(record)
+        """What the first line of this process will be. A run of which there is nothing to tell leaves no log."""
+        self._opening = record
 
     def note(self, record: Record) -> None:
         """One more line."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            self._housekeeping.do(lambda: self._append(opening))
         self._housekeeping.do(lambda: self._append(record))
 
     def _append(self, record: Record) -> None:
@@ -60,10 +65,12 @@ class Bookkeeping:
         self.note(record)
         if record.outcome == "durable":
             self._protected = {record.step: "the last that was saved"}
-            if self._rules:
+            if self._rules and not self._prune_is_waiting:
+                self._prune_is_waiting = True
                 self._housekeeping.do(self._prune_after_save)
 
     def _prune_after_save(self) -> None:
+        self._prune_is_waiting = False
         # Without looking at the newest one's data: this process has just written it.
         self.prune(dry_run=False, clear_files=False, check=None)
 

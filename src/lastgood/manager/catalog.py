@@ -118,9 +118,9 @@ def read_catalog(storage: StorageBackend, root: str) -> Catalog:
 
 def _is_file(storage: StorageBackend, path: str) -> bool:
     """Whether a file has the name of a checkpoint's directory."""
-    if storage.list(path):
-        return False
     try:
+        if storage.list(path):
+            return False
         storage.open(path).close()
     except (CheckpointNotFoundError, StorageError):
         return False

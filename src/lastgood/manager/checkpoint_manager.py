@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
@@ -21,14 +22,14 @@ from lastgood.manager.catalog import read_catalog, step_name
 from lastgood.manager.due import DueDecision
 from lastgood.manager.failures import Failures, OnFailure
 from lastgood.manager.housekeeping import Housekeeping
-from lastgood.manager.parts import make_checkpointer, opening_record
+from lastgood.manager.parts import discard_checkpointer, end_saves, make_checkpointer, opening_record
 from lastgood.manager.preemption import PREEMPTION_SIGNALS, PreemptionNotice
 from lastgood.manager.progress import shown_progress
 from lastgood.manager.random_states import RANDOM_STATES_KEY, take_random_states
 from lastgood.manager.ranks import find_ranks
 from lastgood.manager.removal import PruneReport
 from lastgood.manager.restoring import Restoring
-from lastgood.manager.resume import PassedOver
+from lastgood.manager.resume import PassedOver, on_all
 from lastgood.manager.retention import RetentionRule, decide
 from lastgood.manager.run_log import SaveRecord
 from lastgood.manager.saves import SaveInFlight
@@ -38,8 +39,12 @@ from lastgood.manager.verification import require_good
 from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
+from lastgood.types import RankInfo
 
 _MOMENT_SECS = 10.0
+_SHORTEST_MEETING_SECS = 1800.0
+_UNFIT = (ConfigError, UnsupportedStateError)
+"""What is wrong with the call: another save of the same kind would fail the same way."""
 
 
 class CheckpointManager:
@@ -65,6 +70,8 @@ class CheckpointManager:
 
     A relative ``root`` is taken from the working directory of this moment, and stays there when that changes.
 
+    A rank that saves for all, while the others have no manager, passes ``rank_info=RankInfo(0, 1)``.
+
     Everything is found from what is on disk. ``storage`` is another backend than local files, for synchronous managers.
     Not for use by several threads at once.
     """
@@ -85,6 +92,7 @@ class CheckpointManager:
         preemption_signals: Sequence[signal.Signals] = PREEMPTION_SIGNALS,
         grace_secs: float = 30.0,
         config: CheckpointerConfig | None = None,
+        rank_info: RankInfo | None = None,
         storage: StorageBackend | None = None,
     ) -> None:
         self._root = root_path(root) if storage is not None else os.path.join(os.getcwd(), root_path(root))
@@ -98,9 +106,12 @@ class CheckpointManager:
         self._random_states = random_states
         self._on_save = on_save
         self._grace_secs = grace_secs
-        self._ranks = find_ranks()
+        self._ranks = find_ranks(rank_info, max(_SHORTEST_MEETING_SECS, 3 * self._timeout_secs))
+        self._one_of_several = self._ranks.info.global_world_size > 1
         self._is_first = self._ranks.info.global_rank == 0
         self._is_asynchronous = asynchronous
+        self._given_storage = storage
+        self._may_have_missed_a_meeting = False
         self._checkpointer = make_checkpointer(self._config, self._ranks, storage, asynchronous=asynchronous)
         self._housekeeping = Housekeeping()
         self._books = Bookkeeping(self._storage, self._root, rules, self._housekeeping)
@@ -120,6 +131,8 @@ class CheckpointManager:
         self._is_prewarmed = False
         self._is_closed = False
         self._notice = PreemptionNotice(preemption_signals)
+        # A manager that nobody has any more must not swallow signals.
+        weakref.finalize(self, self._notice.remove).atexit = False
         self._due = DueDecision(self._schedule, self._notice, self._ranks)
         if self._is_first:
             self._books.open(opening_record(self._ranks, rules))
@@ -138,34 +151,51 @@ class CheckpointManager:
         manager raises it according to ``on_failure``, now for saves before this one.
         """
         self._require_open()
-        check_step_and_metrics(step, metrics)
-        self._failures.raise_if_too_many()
+        saved = self._save(step, state, metrics, after_failures=False)
+        if not self._is_asynchronous:
+            self._failures.raise_if_too_many()
+        return saved
+
+    def _save(
+        self, step: int, state: dict[str, Any], metrics: dict[str, float] | None, *, after_failures: bool
+    ) -> Future[None]:
         path = os.path.join(self._root, step_name(step))
+        state_dict: dict[str, Any] = {}
+
+        def prepare() -> None:
+            check_step_and_metrics(step, metrics)
+            if not after_failures:
+                self._failures.raise_if_too_many()
+            state_dict.update(self._state_dict(state))
+
+        self._renew_if_one_has_failed()
+        on_all(prepare, self._ranks, f"save step {step}", path)
         noted = {"step": step, "saved_at": time.time(), "metrics": metrics}
         save = SaveInFlight(step, path, noted_in_head(noted)["metrics"], self._ended)
         self._last_save = save
         try:
-            self._begin(save, self._state_dict(state), noted)
-        except LastgoodError as error:
-            if isinstance(error, (ConfigError, UnsupportedStateError)):
-                self._drop(save)
-                raise
-            self._note_returned(save)
-            save.end(error)
-            if self._is_asynchronous:
-                return save.over
+            error = self._try_to_begin(save, state_dict, noted)
         except BaseException:
             self._drop(save)
             raise
-        if not self._is_asynchronous:
-            self._failures.raise_if_too_many()
+        if self._one_of_several:
+            self._abandon_if_one_did_not_begin(error)
+        if isinstance(error, _UNFIT):
+            self._drop(save)
+            raise error
+        if error is not None:
+            self._note_returned(save)
+            save.end(error)
         return save.over
 
     def _drop(self, save: SaveInFlight) -> None:
         save.drop()
         self._last_save = None
 
-    def _begin(self, save: SaveInFlight, state_dict: dict[str, Any], noted: dict[str, Any]) -> None:
+    def _try_to_begin(
+        self, save: SaveInFlight, state_dict: dict[str, Any], noted: dict[str, Any]
+    ) -> LastgoodError | None:
+        """Hand the save over; returns why that failed, if it did."""
         while True:
             earlier = list(self._in_flight)
             try:
@@ -175,13 +205,36 @@ class CheckpointManager:
             except LastgoodError as error:
                 # It may be that of a save before this one, which is counted already: then nothing was begun.
                 if not any(other.failed_with(error) for other in earlier):
-                    raise
+                    return error
         self._note_returned(save)
         if futures is None:
             save.end(None)
         else:
             self._in_flight.append(save)
+            save.over.add_done_callback(lambda done: self._in_flight.remove(save))
             save.follow(*futures)
+        return None
+
+    def _renew_if_one_has_failed(self) -> None:
+        """With several ranks: begin anew with the meetings in which they commit, if one may have missed the last."""
+        if not self._one_of_several:
+            return
+        self._wait_for_saves(time.monotonic() + self._config.staging_config.slot_timeout_secs)
+        (is_spoiled,) = self._ranks.any_of(self._may_have_missed_a_meeting)
+        if is_spoiled:
+            logger.warning("a save has failed on one rank or more: all ranks start their checkpoint processes anew")
+            discard_checkpointer(self._checkpointer)
+            self._checkpointer = make_checkpointer(
+                self._config, self._ranks, self._given_storage, asynchronous=self._is_asynchronous
+            )
+            self._may_have_missed_a_meeting = False
+
+    def _abandon_if_one_did_not_begin(self, error: LastgoodError | None) -> None:
+        """The others would wait for that rank until their time is over."""
+        (is_spoiled,) = self._ranks.any_of(error is not None)
+        if is_spoiled:
+            self._may_have_missed_a_meeting = True
+            end_saves(self._checkpointer)
 
     def _note_returned(self, save: SaveInFlight) -> None:
         save.returned()
@@ -196,14 +249,13 @@ class CheckpointManager:
 
     def _ended(self, save: SaveInFlight, error: BaseException | None) -> None:
         """Called by the thread that learns of it."""
-        if save in self._in_flight:
-            self._in_flight.remove(save)
         now = time.monotonic()
         if error is None:
             self._schedule.durable(now)
             self._failures.saved()
             in_a_row = 0
         else:
+            self._may_have_missed_a_meeting = True
             self._schedule.failed(now)
             in_a_row = self._failures.failed(save.step, error)
         record = save.record(in_a_row)
@@ -229,7 +281,8 @@ class CheckpointManager:
         if self.is_due(step):
             self.save(step, state, metrics)
             return True
-        self._failures.raise_if_too_many()
+        if not self._one_of_several:  # several ranks raise it together, in save()
+            self._failures.raise_if_too_many()
         if not self._is_prewarmed:
             self.prewarm(state)
         return False
@@ -261,14 +314,15 @@ class CheckpointManager:
         deadline = (now if came_at is None else came_at) + self._grace_secs
         if deadline_secs is not None:
             deadline = now + deadline_secs
-        if not self._is_saved(step):
-            # The save of one rank alone would only wait for the others.
-            (is_obstructed,) = self._ranks.any_of(not self._wait_until(deadline))
-            if is_obstructed:
-                logger.warning("no time was left to save step %d: an earlier save is still being written", step)
-                return False
-            self.save(step, state, metrics)
-        is_durable = self._wait_until(deadline)
+        obstructed = not self._wait_for_saves(deadline)
+        # All ranks save, or none does.
+        is_missing, is_obstructed = self._ranks.any_of(not self._is_saved(step), obstructed)
+        if is_missing and is_obstructed:
+            logger.warning("no time was left to save step %d: an earlier save is still being written", step)
+            return False
+        if is_missing:
+            self._save(step, state, metrics, after_failures=True)
+        is_durable = self._wait_for_saves(deadline)
         self._failures.raise_any()
         if not is_durable:
             logger.warning("the save of step %d was not durable when the time was over; it goes on", step)
@@ -310,7 +364,7 @@ class CheckpointManager:
         check_state(state)
         if step is not None:
             check_step_and_metrics(step, None)
-        wait([save.over for save in self._in_flight], self._timeout_secs)
+        self._wait_for_saves(time.monotonic() + self._timeout_secs)
         resumed = self._restoring.restore(state, step, strict=strict, map_location=map_location)
         self.passed_over = resumed.passed_over
         self._due.forget()
@@ -350,8 +404,11 @@ class CheckpointManager:
         Raises :class:`~lastgood.errors.SaveTimeoutError` after ``timeout_secs``, and failures as ``on_failure`` says.
         """
         timeout = self._config.process_config.close_timeout_secs if timeout_secs is None else timeout_secs
-        if not self._wait_until(time.monotonic() + timeout):
-            paths = ", ".join(save.path for save in self._in_flight) or "nothing but old checkpoints to be removed"
+        deadline = time.monotonic() + timeout
+        if not (self._wait_for_saves(deadline) and self._housekeeping.wait(max(0.0, deadline - time.monotonic()))):
+            paths = (
+                ", ".join(save.path for save in list(self._in_flight)) or "nothing but old checkpoints to be removed"
+            )
             raise SaveTimeoutError(
                 f"after {timeout:g} s there still is work under way: {paths}. It goes on; earlier checkpoints are "
                 "untouched.",
@@ -359,12 +416,10 @@ class CheckpointManager:
             )
         self._failures.raise_if_too_many()
 
-    def _wait_until(self, deadline: float) -> bool:
+    def _wait_for_saves(self, deadline: float) -> bool:
         with shown_progress("saving"):
             left = max(0.0, deadline - time.monotonic())
-            if wait([save.over for save in self._in_flight], left).not_done:
-                return False
-        return self._housekeeping.wait(max(0.0, deadline - time.monotonic()))
+            return not wait([save.over for save in list(self._in_flight)], left).not_done
 
     def close(self) -> None:
         """Wait for all saves, and release everything. May be called again.
@@ -381,7 +436,7 @@ class CheckpointManager:
                 self._checkpointer.close()
         finally:
             # What the checkpointer knows reaches the saves a moment later.
-            wait([save.over for save in self._in_flight], _MOMENT_SECS)
+            self._wait_for_saves(time.monotonic() + _MOMENT_SECS)
             self._housekeeping.wait(self._timeout_secs)
             self._housekeeping.close()
         self._failures.raise_any()

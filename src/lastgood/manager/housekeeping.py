@@ -61,4 +61,4 @@ def _do(job: Callable[[], None]) -> None:
     try:
         job()
     except Exception:
-        logger.exception("housekeeping after a save failed; the next save tries again")
+        logger.exception("something that follows a save failed; checkpoints are not affected")

@@ -7,17 +7,19 @@ import time
 from collections.abc import Sequence
 
 import lastgood
+from lastgood._events import logger
 from lastgood.barriers import BarrierConfig
 from lastgood.builder import make_async_checkpointer, make_sync_checkpointer
 from lastgood.checkpointer import AsyncCheckpointer, SyncCheckpointer
 from lastgood.config import CheckpointerConfig
-from lastgood.errors import ConfigError
+from lastgood.errors import ConfigError, LastgoodError
 from lastgood.manager.ranks import Ranks
 from lastgood.manager.retention import RetentionRule, rules_to_json
 from lastgood.manager.run_log import RunRecord
 from lastgood.storage.base import StorageBackend
 
 _BARRIER_SET_UP_SECS = 300
+_MARGIN_SECS = 10
 
 
 def make_checkpointer(
@@ -34,6 +36,23 @@ def make_checkpointer(
     return make_async_checkpointer(config, ranks.info)
 
 
+def end_saves(checkpointer: AsyncCheckpointer | SyncCheckpointer) -> None:
+    """Let those under way fail at once: they wait for a rank that will not come."""
+    if isinstance(checkpointer, AsyncCheckpointer):
+        handle = checkpointer._checkpoint_process.process
+        if handle is not None:
+            handle.processes[0].kill()
+
+
+def discard_checkpointer(checkpointer: AsyncCheckpointer | SyncCheckpointer) -> None:
+    """Close one that may be out of step with those of other ranks; what was under way fails."""
+    end_saves(checkpointer)
+    try:
+        checkpointer.close()
+    except LastgoodError as error:
+        logger.info("the former checkpointer was closed with an error: %s", error)
+
+
 def _barrier_of_all(config: CheckpointerConfig, ranks: Ranks) -> BarrierConfig:
     host, port = ranks.from_first(_free_address)
     return BarrierConfig(
@@ -46,7 +65,8 @@ def _barrier_of_all(config: CheckpointerConfig, ranks: Ranks) -> BarrierConfig:
             "use_checkpoint_barrier_tcpstore_libuv": True,
             "tcpstore_port": port,
             "master_address": host,
-            "timeout_secs": config.writer_config.write_barrier_timeout_secs,
+            # Before the writer gives up by itself, which does not know who is missing.
+            "timeout_secs": max(1, config.writer_config.write_barrier_timeout_secs - _MARGIN_SECS),
         },
     )
 

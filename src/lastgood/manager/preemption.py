@@ -37,7 +37,7 @@ class PreemptionNotice:
                 "was made in another one"
             )
             return
-        for number in signals:
+        for number in dict.fromkeys(signals):
             self._previous[number] = signal.signal(number, self._handle)
 
     def remove(self) -> None:

@@ -31,7 +31,8 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"].cpu())
     if "numpy" in states:
         _set_numpy_state(states["numpy"])
-    saved, device = states.get("accelerator"), _accelerator()
+    # Also on a device that is not in use yet: torch keeps it until then.
+    saved, device = states.get("accelerator"), _accelerator(in_use=False)
     if saved is not None and device is not None and saved["type"] == device.type:
         _device_module(device).set_rng_state(saved["state"].cpu())
 
@@ -67,15 +68,15 @@ def _set_numpy_state(saved: dict[str, Any]) -> None:
     )
 
 
-def _accelerator() -> torch.device | None:
-    """The device that this process draws on, if it has begun to use an accelerator."""
+def _accelerator(*, in_use: bool = True) -> torch.device | None:
+    """The device that this process draws on; with ``in_use``, if it has begun to."""
     if not torch.accelerator.is_available():
         return None
     device = torch.accelerator.current_accelerator()
     if device is None:
         return None
     is_initialized = getattr(_device_module(device), "is_initialized", None)
-    return device if is_initialized is None or is_initialized() else None
+    return device if not in_use or is_initialized is None or is_initialized() else None
 
 
 def _device_module(device: torch.device) -> Any:

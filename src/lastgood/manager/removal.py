@@ -1,6 +1,7 @@
 """Removing checkpoints that no rule keeps, so that whatever dies in the middle, nothing half removed counts as one."""
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -12,6 +13,8 @@ from lastgood.format.manifest import MANIFEST_NAME, checkpoint_file, rank_of
 from lastgood.manager.catalog import Catalog, Condition, Entry, read_catalog, read_entry
 from lastgood.manager.retention import Decision, RetentionRule, Verdict, decide
 from lastgood.storage.base import StorageBackend
+
+_LONGEST_COMMIT_SECS = 3600.0
 
 
 class PruneReport(msgspec.Struct, frozen=True):
@@ -77,11 +80,16 @@ def leftovers(storage: StorageBackend, catalog: Catalog, *, with_files: bool) ->
     newest = catalog.committed[-1].step
     found = []
     for entry in catalog.entries:
-        if entry.condition is Condition.UNFINISHED and entry.step < newest:
+        if entry.condition is Condition.UNFINISHED and entry.step < newest and _is_over(entry):
             names = storage.list(entry.path)
             if all(_is_ours(name) for name in names) if with_files else not names:
                 found.append(entry)
     return tuple(found)
+
+
+def _is_over(entry: Entry) -> bool:
+    """Between the last of its files and its manifest, nothing on disk tells a save of several ranks from a dead one."""
+    return entry.saved_at is None or time.time() - entry.saved_at > _LONGEST_COMMIT_SECS
 
 
 def _is_ours(name: str) -> bool:
@@ -104,7 +112,7 @@ def remove_checkpoint(storage: StorageBackend, entry: Entry) -> bool:
                 if lock is None:
                     return False
                 held.callback(lock.release)
-        if not _is_the_same(storage, entry):
+        if storage.has_writers(entry.path) or not _is_the_same(storage, entry):
             return False
         # Without its commit record (for one rank, its file) it is no checkpoint any more, whatever comes next.
         if MANIFEST_NAME in names:

@@ -11,7 +11,17 @@ from lastgood.manager.bookkeeping import Bookkeeping
 from lastgood.manager.catalog import Entry, read_catalog, read_entry
 from lastgood.manager.progress import shown_progress
 from lastgood.manager.ranks import Ranks
-from lastgood.manager.resume import Resumed, find_candidates, load_exactly, on_all, once_written, resume, set_aside
+from lastgood.manager.resume import (
+    PassedOver,
+    Resumed,
+    find_candidates,
+    load_exactly,
+    on_all,
+    once_written,
+    resume,
+    set_aside,
+    set_damaged_aside,
+)
 from lastgood.manager.run_log import RestoreRecord, SetAsideRecord
 from lastgood.manager.state_loader import StateLoader
 from lastgood.storage.base import StorageBackend
@@ -81,21 +91,32 @@ class Restoring:
     def _note(self, resumed: Resumed, seconds: float) -> None:
         for passed in resumed.passed_over:
             if passed.is_damaged:
-                try:
-                    self._set_aside(passed.step, passed.problem)
-                except LastgoodError as error:  # the run has what it needs, and the next save may replace it
-                    logger.warning("the checkpoint of step %d could not be set aside: %s", passed.step, error)
+                self._set_damaged_aside(passed)
         if resumed.step is not None:
             self._books.resumed(resumed.step)
         self._books.note(
             RestoreRecord(time=time.time(), step=resumed.step, seconds=seconds, passed_over=resumed.problems())
         )
 
+    def _set_damaged_aside(self, passed: PassedOver) -> None:
+        try:
+            name = set_damaged_aside(self._storage, self._root, passed)
+        except LastgoodError as error:  # the run has what it needs, and the next save may replace it
+            logger.warning("the checkpoint of step %d could not be set aside: %s", passed.step, error)
+            return
+        if name is None:
+            logger.warning("the checkpoint of step %d is not set aside: it is being saved anew", passed.step)
+        else:
+            self._tell(passed.step, name, passed.problem)
+
     def set_aside(self, step: int) -> None:
         """Give the checkpoint of ``step`` another name."""
-        self._ranks.from_first(lambda: self._set_aside(step, "it was asked for"))
 
-    def _set_aside(self, step: int, problem: str) -> None:
-        name = set_aside(self._storage, self._root, step)
+        def act() -> None:
+            self._tell(step, set_aside(self._storage, self._root, step), "it was asked for")
+
+        self._ranks.from_first(act)
+
+    def _tell(self, step: int, name: str, problem: str) -> None:
         logger.warning("the checkpoint of step %d is set aside as %s: %s", step, name, problem)
         self._books.note(SetAsideRecord(time=time.time(), step=step, name=name, problem=problem))

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -19,6 +20,7 @@ from lastgood.errors import (
     UnsafeCheckpointError,
 )
 from lastgood.format.commit import lock_for_writing
+from lastgood.format.manifest import checkpoint_file
 from lastgood.manager.catalog import Condition, Entry, read_catalog, read_entry, step_name
 from lastgood.manager.ranks import Ranks
 from lastgood.manager.run_log import StepProblem
@@ -28,11 +30,15 @@ _RESUMABLE = (Condition.COMMITTED, Condition.FOREIGN)
 
 
 class PassedOver(msgspec.Struct, frozen=True):
-    """A checkpoint that could not be used. ``is_damaged``: its bytes are not what was written, now and for ever."""
+    """A checkpoint that could not be used. ``is_damaged``: its bytes are not what was written, now and for ever.
+
+    ``save_id`` tells it from one that is saved later under the same name.
+    """
 
     step: int
     problem: str
     is_damaged: bool
+    save_id: str | None = None
 
 
 class Resumed(msgspec.Struct, frozen=True):
@@ -60,10 +66,11 @@ def find_candidates(storage: StorageBackend, root: str, *, writer_timeout_secs: 
     A former trainer's checkpoint process may still be finishing what was staged before that trainer died: it is waited
     for, at most ``writer_timeout_secs``.
     """
+    deadline = time.monotonic() + writer_timeout_secs
     entries = sorted(read_catalog(storage, root).entries, key=lambda entry: entry.step, reverse=True)
     newer = list(itertools.takewhile(lambda entry: not entry.is_committed, entries))
     for number, entry in enumerate(newer):
-        entries[number] = once_written(storage, root, entry, writer_timeout_secs)
+        entries[number] = once_written(storage, root, entry, max(0.0, deadline - time.monotonic()))
     return entries
 
 
@@ -74,7 +81,7 @@ def once_written(storage: StorageBackend, root: str, entry: Entry, timeout_secs:
     lock = None
     try:
         # Where nothing can be locked, as on a disk that is read only, nobody is writing either.
-        lock = storage.try_lock(os.path.join(entry.path, "checkpoint_0.pt"))
+        lock = storage.try_lock(checkpoint_file(entry.path, 0))
         if lock is None:
             logger.info("the save of step %d is still being written, by an earlier process: waiting for it", entry.step)
             lock = lock_for_writing(storage, entry.path, 0, timeout_secs)
@@ -149,7 +156,8 @@ def _load_on_all(entry: Entry, load: Callable[[Entry], None], ranks: Ranks) -> P
         return None
     rank, problem = problems[0]
     told = problem if len(votes) == 1 else f"on {len(problems)} of {len(votes)} ranks, on rank {rank}: {problem}"
-    return PassedOver(entry.step, str(told), is_damaged=any(other.is_damaged for other in votes))
+    is_damaged = any(other.is_damaged for other in votes)
+    return PassedOver(entry.step, str(told), is_damaged, entry.save_id)
 
 
 def _try(entry: Entry, load: Callable[[Entry], None]) -> tuple[_Vote, Exception | None]:
@@ -182,6 +190,19 @@ def _none_is_good(entries: Sequence[Entry], passed_over: Sequence[PassedOver]) -
         path=root,
         phase="restore",
     )
+
+
+def set_damaged_aside(storage: StorageBackend, root: str, passed: PassedOver) -> str | None:
+    """:func:`set_aside`, unless somebody is writing there, or has written another checkpoint there since: ``None``."""
+    path = os.path.join(root, step_name(passed.step))
+    lock = storage.try_lock(checkpoint_file(path, 0))
+    if lock is None:
+        return None
+    try:
+        is_the_same = read_entry(storage, root, passed.step).save_id == passed.save_id
+    finally:
+        lock.release()  # it lies in the directory that gets another name
+    return set_aside(storage, root, passed.step) if is_the_same else None
 
 
 def set_aside(storage: StorageBackend, root: str, step: int) -> str:

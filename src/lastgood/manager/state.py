@@ -60,8 +60,15 @@ class StateTarget:
     given to ``load_state_dict`` of the object or put into its dict or list.
     """
 
-    def __init__(self, state: dict[str, Any]) -> None:
+    def __init__(self, state: dict[str, Any], *, is_untouched: bool = True) -> None:
+        """``is_untouched``: no load into this state has failed half-way before."""
+        _replaced(state, lambda value: value, "", [])  # refuses a state that holds itself
         self._state = state
+        self._so_far = (
+            "Nothing has been changed."
+            if is_untouched
+            else "A damaged checkpoint that was tried before may have filled tensors of the state in part."
+        )
         self._modules: list[str] = []
         self.target: dict[str, Any] = self._target(state, "")
 
@@ -86,15 +93,15 @@ class StateTarget:
         """
         if missing:
             raise MissingKeysError(
-                f"the checkpoint does not hold what the state asks for: {_shown(missing)}. Nothing has been changed. "
+                f"the checkpoint does not hold what the state asks for: {_shown(missing)}. {self._so_far} "
                 "Take these out of the state, or pass strict=False to leave them as they are.",
                 missing_keys=tuple(missing),
             )
         unexpected = [key for key in unread if any(key.startswith(f"{module}.") for module in self._modules)]
         if unexpected:
             raise TargetMismatchError(
-                f"the checkpoint holds tensors that the module does not have: {_shown(unexpected)}. Nothing has been "
-                "changed. Is it another model? strict=False leaves them out.",
+                f"the checkpoint holds tensors that the module does not have: {_shown(unexpected)}. "
+                f"{self._so_far} Is it another model? strict=False leaves them out.",
                 tensor=unexpected[0],
             )
 

@@ -30,6 +30,7 @@ class StateLoader:
         self._strict = strict
         self._map_location = map_location
         self._target: StateTarget | None = None
+        self._reads = 0
         self._missing: list[str] = []
 
     def read(self, entry: Entry) -> None:
@@ -40,7 +41,8 @@ class StateLoader:
                 "many as it had",
                 path=entry.path,
             )
-        target = StateTarget(self._state)
+        target = StateTarget(self._state, is_untouched=not self._reads)
+        self._reads += 1
         if self._random_states:
             target.target[RANDOM_STATES_KEY] = None
         _, self._missing = self._reader.read(

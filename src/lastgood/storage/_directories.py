@@ -30,6 +30,28 @@ def rename_directory(ops: FileOps, source: str, target: str) -> None:
             raise
 
 
+def writes_are_under_way(ops: FileOps, directory: str) -> bool:
+    """Whether there is a temporary whose writer lives: it holds the lock of that file until it is published."""
+    try:
+        entries = ops.list_directory(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return any(_is_held(ops, os.path.join(directory, name)) for name in entries if is_temporary(name))
+
+
+def _is_held(ops: FileOps, path: str) -> bool:
+    try:
+        descriptor = ops.open_write(path)
+    except OSError:
+        return False  # published or dropped at this moment
+    try:
+        return not ops.lock(descriptor)
+    except OSError:
+        return False
+    finally:
+        ops.close(descriptor)
+
+
 def remove_if_empty(ops: FileOps, directory: str) -> bool:
     """Remove a directory, with what dead writers have left in it, if nothing else is there; whether it is gone."""
     try:

@@ -74,6 +74,9 @@ class StorageInTime:
         safe = "It has either its old name or the new one."
         self._call(lambda: self._storage.rename(path, new_path), "rename", path, safe)
 
+    def has_writers(self, path: str) -> bool:
+        return self._call(lambda: self._storage.has_writers(path), "list", path, _READ_ONLY)
+
     def delete_directory(self, path: str) -> bool:
         safe = "The directory may still be there."
         return self._call(lambda: self._storage.delete_directory(path), "delete", path, safe)

@@ -111,6 +111,9 @@ class StorageBackend(Protocol):
         :class:`~lastgood.errors.CheckpointNotFoundError` if there is no such directory.
         """
 
+    def has_writers(self, path: str) -> bool:
+        """Whether a living writer has a file in this directory that is not published yet. False where none can tell."""
+
     def delete_directory(self, path: str) -> bool:
         """Remove a directory durably if nothing is in it but what dead writers have left; returns whether it is gone.
 

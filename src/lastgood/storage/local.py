@@ -4,7 +4,7 @@ import contextlib
 import os
 
 from lastgood.errors import ConfigError
-from lastgood.storage._directories import remove_if_empty, rename_directory
+from lastgood.storage._directories import remove_if_empty, rename_directory, writes_are_under_way
 from lastgood.storage._durable_write import (
     DurableWrite,
     begin_durable_write,
@@ -124,6 +124,11 @@ class LocalStorage:
         safe = "It has its new name, but a power cut may bring back the old one."
         with translated("fsyncing the directory of", new_path, phase="rename", safe=safe):
             sync_directory(self._ops, os.path.dirname(target))
+
+    def has_writers(self, path: str) -> bool:
+        absolute = _absolute(path)
+        with translated("listing", path, phase="list", safe=UNCHANGED):
+            return writes_are_under_way(self._ops, absolute)
 
     def delete_directory(self, path: str) -> bool:
         absolute = _absolute(path)

@@ -297,7 +297,7 @@ def test_a_callback_that_raises_stops_nothing(tmp_path: Path, caplog: pytest.Log
             manager.save(step, state_of(step))
         manager.wait()
         assert manager.steps() == [2]
-    assert "housekeeping after a save failed" in caplog.text
+    assert "something that follows a save failed" in caplog.text
 
 
 def test_a_notice_makes_the_next_step_save_and_the_loop_end(tmp_path: Path, asynchronous: bool) -> None:
