@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed
 from tests.helpers.workers import PATIENCE_SECS
 from tests.manager.runs import manager_of, restore, tiny
 
+from lastgood.checkpointer import AsyncCheckpointer
 from lastgood.config import CheckpointerConfig
 from lastgood.errors import LastgoodError
 from lastgood.manager.checkpoint_manager import CheckpointManager
@@ -136,3 +138,42 @@ def train_until_preempted(pipe: Connection, root: str, asynchronous: bool) -> tu
 
 def _rank() -> int:
     return torch.distributed.get_rank()
+
+
+class Gives(Takes):
+    """Refuses to give its state."""
+
+    def state_dict(self) -> dict[str, int]:
+        raise ValueError("this rank does not give its state")
+
+
+def save_and_fail(step: int, how: str, failing: int) -> str:
+    """A save that one rank cannot make; what came of it on this one."""
+    manager = _this_process[0]
+    fails = _rank() == failing
+    state: dict[str, Any] = tiny(step + _rank())
+    metrics: Any = {"loss": "not a number"} if fails and how == "metrics" else None
+    if fails and how == "object":
+        state["object"] = Gives()
+    if fails and how == "unsupported":
+        state["lock"] = threading.Lock()
+    if fails and how == "killed":
+        checkpointer = manager._checkpointer
+        assert isinstance(checkpointer, AsyncCheckpointer)
+        assert checkpointer._checkpoint_process.process is not None
+        child = checkpointer._checkpoint_process.process.processes[0]
+        child.kill()
+        assert child.wait(PATIENCE_SECS)
+    try:
+        manager.save(step, state, metrics).result(PATIENCE_SECS)
+    except Exception as error:
+        return type(error).__name__
+    return "saved"
+
+
+def open_impatient_manager(root: str) -> None:
+    """Asynchronous, with a barrier that is given up soon."""
+    config = CheckpointerConfig()
+    config.writer_config.write_barrier_timeout_secs = 12
+    config.process_config.subprocess_init_timeout_secs = PATIENCE_SECS
+    _this_process[:] = [manager_of(root, asynchronous=True, config=config)]

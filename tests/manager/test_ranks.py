@@ -259,3 +259,18 @@ def test_a_signal_to_one_rank_preempts_all_at_the_same_step_whose_save_is_commit
         worker._pipe.send("step")
     assert two.results() == [(3, True, True, [3])] * 2
     assert "manifest.json" in contents(tmp_path / "step-3")
+
+
+@pytest.mark.parametrize("how", ["metrics", "object", "unsupported", "killed"])
+def test_hazard_26_after_a_save_that_failed_on_one_rank_all_ranks_save_together_again(
+    two: Job, tmp_path: Path, how: str
+) -> None:
+    """A rank that misses a meeting must not be one meeting behind the others from then on."""
+    two.call(ranks.open_impatient_manager, str(tmp_path))
+    try:
+        two.call(ranks.save, [10])
+        assert "saved" not in two.call(ranks.save_and_fail, 20, how, 1)
+        assert two.call(ranks.save, [30, 40]) == [[10, 30, 40]] * 2
+        assert two.call(ranks.resume) == [(40, 40 + rank, []) for rank in range(2)]
+    finally:
+        two.call(ranks.close_manager)

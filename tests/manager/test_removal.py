@@ -317,3 +317,21 @@ def test_what_others_have_put_beside_a_checkpoint_stays(tmp_path: Path) -> None:
         manager.wait()
         assert manager.steps() == [40]
     assert sorted(contents(tmp_path / "step-10")) == ["checkpoint_0.pt.bak", "notes.txt"]
+
+
+def test_files_of_ranks_that_are_still_being_written_are_not_cleared_away(tmp_path: Path) -> None:
+    make_run(tmp_path, [30])
+    path = tmp_path / "step-20"
+    storage = LocalStorage()
+    write = storage.begin(str(path / "checkpoint_1.pt"), 3)  # As a rank does that holds no lock.
+    try:
+        assert storage.has_writers(str(path))
+        with manager_of(tmp_path) as manager:
+            report = manager.prune()
+            assert [entry.step for entry, _ in report.skipped] == [20]
+        assert path.is_dir()
+    finally:
+        write.abort()
+    with manager_of(tmp_path) as manager:
+        assert [entry.step for entry in manager.prune().leftovers] == [20]
+    assert not path.exists()

@@ -37,6 +37,8 @@ from lastgood.errors import (
     StorageError,
     TargetMismatchError,
 )
+from lastgood.manager import restoring
+from lastgood.manager.catalog import Catalog, Entry, read_catalog
 from lastgood.manager.retention import KeepLast
 from lastgood.manager.run_log import RestoreRecord, SaveRecord, SetAsideRecord, read_run_log
 from lastgood.storage.local import LocalStorage
@@ -444,3 +446,50 @@ def test_a_line_of_the_log_that_a_full_disk_cut_short_costs_no_other(tmp_path: P
         manager.save(3, tiny(3))
     records = read_run_log(LocalStorage(), str(tmp_path))
     assert [record.step for record in records if isinstance(record, SaveRecord)] == [1, 3]
+
+
+def test_one_directory_that_cannot_be_listed_hides_no_other(root: Path) -> None:
+    ops = RecordingFileOps()
+
+    def list_directory(real: Any, path: str) -> Any:
+        if path.endswith("step-30"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    ops.replace_call("list_directory", list_directory)
+    with manager_of(root, ops=ops, keep=KeepLast(1)) as manager:
+        assert manager.steps() == [10, 20]
+        assert restore(manager)[0] == 20
+        assert [verdict.entry.step for verdict in manager.prune().removed] == [10]
+    assert_resumes(root, 30)
+
+
+def sorted_newest_first(catalog: Catalog) -> list[Entry]:
+    return sorted(catalog.entries, key=lambda entry: -entry.step)
+
+
+def test_what_was_saved_anew_since_it_was_found_damaged_is_not_set_aside(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(file_of(root, 30))
+    ops = RecordingFileOps()
+    saved: list[int] = []
+
+    def open_read(real: Any, path: str) -> Any:
+        if "step-20" in path and not saved:  # The load of the one before has begun.
+            saved.append(30)
+            with manager_of(root) as other:
+                other.save(30, tiny(31))
+        return real(path)
+
+    with manager_of(root, ops=ops) as manager:
+        assert manager.steps() == [10, 20, 30]
+        catalog = read_catalog(LocalStorage(), str(root))
+        ops.replace_call("open_read", open_read)
+        with monkeypatch.context() as patch:
+            patch.setattr(restoring, "find_candidates", lambda *_, **__: sorted_newest_first(catalog))
+            found, _ = restore(manager)
+    assert saved
+    assert found == 20
+    assert "step-30" in directories(root)
+    assert_resumes(root, 30, 31)

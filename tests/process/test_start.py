@@ -52,7 +52,7 @@ def test_the_process_is_a_direct_child_in_a_session_of_its_own(tmp_path: Path) -
 
 def test_signals_that_end_a_job_do_not_end_it(tmp_path: Path) -> None:
     with started() as process:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(pid_of(process), number)
         process.write(state_of(1), str(tmp_path / "a")).result(PATIENCE_SECS)
     assert_state(read(tmp_path / "a"), 1)

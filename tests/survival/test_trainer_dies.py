@@ -113,7 +113,7 @@ def test_hazard_04_an_exit_without_a_word_after_staging_loses_nothing(tmp_path: 
     assert_memory_is_free(told)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_hazard_04_a_signal_to_every_process_of_the_job_loses_nothing(tmp_path: Path, number: signal.Signals) -> None:
     """What service managers and schedulers send to all that a job has started, whatever group or session it is in."""
     path = tmp_path / "checkpoint"

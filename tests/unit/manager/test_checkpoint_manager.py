@@ -1,6 +1,7 @@
 """What a training loop sees of the manager: saves when due, failures as asked, notices, figures, and an orderly end."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -402,3 +403,45 @@ def test_what_would_go_is_said_without_doing_it(tmp_path: Path) -> None:
         done = manager.prune()
         assert done.removed == planned.removed
         assert manager.steps() == [2, 4]
+
+
+def test_a_last_save_waits_for_saves_and_not_for_what_follows_them(tmp_path: Path) -> None:
+    gate = threading.Event()
+    with CheckpointManager(tmp_path, on_save=lambda record: gate.wait(PATIENCE_SECS) and None) as manager:
+        manager.save(1, state_of(1))
+        assert manager.save_before_exit(2, state_of(2))
+        assert not gate.is_set()
+        assert manager.steps() == [1, 2]
+        gate.set()
+
+
+def test_a_last_save_is_tried_whatever_failed_before(tmp_path: Path, asynchronous: bool) -> None:
+    with CheckpointManager(tmp_path, asynchronous=asynchronous) as manager:
+        for step in (1, 2):
+            with obstructed(tmp_path, step):
+                manager.save(step, state_of(step)).exception(PATIENCE_SECS)
+        with obstructed(tmp_path, 3), contextlib.suppress(StorageError):
+            manager.save(3, state_of(3)).exception(PATIENCE_SECS)
+        assert manager.save_before_exit(4, state_of(4))
+        assert manager.steps() == [4]
+
+
+def test_where_nobody_has_the_manager_any_more_its_signals_end_the_process_again(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    manager = CheckpointManager(tmp_path, asynchronous=False)
+    assert signal.getsignal(signal.SIGUSR1) != before
+    del manager
+    gc.collect()
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_one_of_several_processes_without_a_group_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="init_process_group"):
+        CheckpointManager(tmp_path)
+    CheckpointManager(tmp_path, asynchronous=False, rank_info=lastgood.RankInfo(0, 1)).close()
+
+
+def test_a_manager_that_has_nothing_to_tell_leaves_nothing_on_disk(tmp_path: Path) -> None:
+    CheckpointManager(tmp_path / "run", asynchronous=False).close()
+    assert not (tmp_path / "run").exists()
