@@ -3,7 +3,9 @@
 Nothing here imports torch before a verb needs it: ``lastgood --help`` answers at once.
 """
 
+import atexit
 import dataclasses
+import gc
 import io
 import os
 import sys
@@ -12,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from lastgood import __version__
+from lastgood._memory import paused_garbage_collection
 from lastgood.cli import cat, demo, diff, doctor, inspect, ls, prune, report, verify
 from lastgood.cli._output import printable
 from lastgood.errors import CheckpointNotFoundError, ConfigError, LastgoodError
@@ -69,8 +72,10 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
+    atexit.register(gc.freeze)  # all memory goes at the end: very many objects need not be looked through first
     try:
-        status = app(sys.argv[1:] or ["--help"], prog_name="lastgood", obj=settings, standalone_mode=False)
+        with paused_garbage_collection():
+            status = app(sys.argv[1:] or ["--help"], prog_name="lastgood", obj=settings, standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         status = FAILED

@@ -2,18 +2,21 @@
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import msgspec
 
 from lastgood._contents.reading import References, local_storage, rank_files
 from lastgood._contents.shown import kind_name, show_value
-from lastgood.cli._measure import Difference, measure
-from lastgood.cli._tensors import TensorSource, pieces
+from lastgood.cli._measure import Difference, flat, measure, row_of
+from lastgood.cli._tensors import BATCH_ELEMENTS, TensorSource, batches, by_dtype, pieces
 from lastgood.errors import UnsafeCheckpointError
 from lastgood.format.index import (
     CONTAINERS,
+    DictNode,
     Node,
     OpaqueNode,
     ReferenceNode,
@@ -24,17 +27,13 @@ from lastgood.format.index import (
     keyed_children,
 )
 
-if TYPE_CHECKING:
-    import torch
-
 _PIECE_ELEMENTS = 512 * 1024
 """So many elements are measured at a time, which takes about a hundred bytes each."""
 
 _SHOWN = 40
 
 
-@dataclass(frozen=True)
-class TensorChange:
+class TensorChange(msgspec.Struct, frozen=True, gc=False):
     """How one tensor changed from ``a`` to ``b``; NaN in the same place counts as equal.
 
     ``max_abs`` is the largest ``|b - a|``, ``max_rel`` the largest ``|b - a| / |a|`` where ``a`` is not 0 (``None`` if
@@ -75,8 +74,7 @@ class ValueChange:
     b: str
 
 
-@dataclass(frozen=True)
-class LayerChange:
+class LayerChange(msgspec.Struct, frozen=True, gc=False):
     """How far the floating-point tensors of one layer (a key path without its last part) moved together."""
 
     path: str
@@ -152,10 +150,10 @@ def rank_layers(tensors: list[TensorChange]) -> tuple[LayerChange, ...]:
             by_layer.setdefault(layer_of(tensor.path), []).append(tensor)
     layers = []
     for path, members in by_layer.items():
-        norm_a = math.hypot(*(member.norm_a for member in members))
-        norm_change = math.hypot(*(member.norm_change for member in members))
+        norm_a = math.hypot(*[member.norm_a for member in members])
+        norm_change = math.hypot(*[member.norm_change for member in members])
         layers.append(LayerChange(path, len(members), _quotient(norm_change, norm_a), norm_a, norm_change))
-    return tuple(sorted(layers, key=lambda layer: -layer.rms_change))
+    return tuple(sorted(layers, key=lambda layer: layer.rms_change, reverse=True))
 
 
 def _quotient(change: float, norm: float) -> float:
@@ -177,8 +175,7 @@ class _Found:
     not_compared: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Pair:
+class _Pair(msgspec.Struct, frozen=True, gc=False):
     path: str
     a: TensorNode
     b: TensorNode
@@ -195,8 +192,11 @@ class _FileComparison:
 
     def run(self) -> None:
         pairs = list(self._walk())
-        for batch in _batches(pairs):
-            self._compare(batch)
+        for numbers in batches([math.prod(pair.a.shape) for pair in pairs], BATCH_ELEMENTS):
+            batch = pairs[numbers.start : numbers.stop]
+            is_large = math.prod(batch[0].a.shape) > _PIECE_ELEMENTS
+            differences = [self._in_pieces(batch[0])] if is_large else self._together(batch)
+            self._found.tensors += map(_change, batch, differences)
 
     def _walk(self) -> Iterator[_Pair]:
         """Compare everything but tensors; yields the pairs of tensors that can be compared."""
@@ -218,6 +218,8 @@ class _FileComparison:
 
     def _common_children(self, path: str, a: Node, b: Node) -> list[tuple[str, Node, Node]]:
         inside_a = {join_path(path, key): node for key, node in keyed_children(a)}
+        if isinstance(a, DictNode) and isinstance(b, DictNode) and list(a.items) == list(b.items):
+            return list(zip(inside_a, a.items.values(), b.items.values(), strict=True))
         inside_b = {join_path(path, key): node for key, node in keyed_children(b)}
         self._found.only_in_a += [self._prefix + name for name in inside_a if name not in inside_b]
         self._found.only_in_b += [self._prefix + name for name in inside_b if name not in inside_a]
@@ -251,42 +253,30 @@ class _FileComparison:
         if bytes_a != bytes_b:
             self._value_changed(path, f"<{a.type_name}>", "another one")
 
-    def _compare(self, batch: list[_Pair]) -> None:
+    def _in_pieces(self, pair: _Pair) -> Difference:
+        """The difference of two large tensors."""
+        difference = Difference()
+        for part_a, part_b in zip(*(pieces(node, _PIECE_ELEMENTS) for node in (pair.a, pair.b)), strict=True):
+            a, b = flat(self._a.read([part_a])[0]), flat(self._b.read([part_b])[0])
+            difference.add(measure(a, b, [len(a)])[0])
+        return difference
+
+    def _together(self, batch: Sequence[_Pair]) -> list[Difference]:
+        """The differences of many pairs of small tensors."""
+        read_a = self._a.read_bytes([pair.a for pair in batch])
+        read_b = self._b.read_bytes([pair.b for pair in batch])
         differences = [Difference() for _ in batch]
-        small = [number for number, pair in enumerate(batch) if math.prod(pair.a.shape) <= _PIECE_ELEMENTS]
-        read_a = self._a.read([batch[number].a for number in small])
-        read_b = self._b.read([batch[number].b for number in small])
-        groups: dict[str, list[tuple[int, tuple[torch.Tensor, torch.Tensor]]]] = {}
-        for number, a, b in zip(small, read_a, read_b, strict=True):
-            if a.numel():
-                groups.setdefault(batch[number].a.dtype, []).append((number, (a, b)))
-        for group in groups.values():
-            for (number, _), found in zip(group, measure([pair for _, pair in group]), strict=True):
-                differences[number] = found
-        for pair, difference in zip(batch, differences, strict=True):
-            if math.prod(pair.a.shape) > _PIECE_ELEMENTS:
-                for part_a, part_b in zip(*(pieces(node, _PIECE_ELEMENTS) for node in (pair.a, pair.b)), strict=True):
-                    difference.add(measure([(self._a.read([part_a])[0], self._b.read([part_b])[0])])[0])
-            self._found.tensors.append(_change(pair, difference))
+        for dtype, numbers in by_dtype([pair.a for pair in batch]).items():
+            a, b = (row_of([read[number] for number in numbers], dtype) for read in (read_a, read_b))
+            lengths = [math.prod(batch[number].a.shape) for number in numbers]
+            for number, difference in zip(numbers, measure(a, b, lengths), strict=True):
+                differences[number] = difference
+        return differences
 
 
 def _descends(node: Node) -> bool:
     """Sets are compared as a whole: their items have no keys."""
     return isinstance(node, CONTAINERS) and not isinstance(node, SetNode)
-
-
-def _batches(pairs: list[_Pair]) -> Iterator[list[_Pair]]:
-    batch: list[_Pair] = []
-    elements = 0
-    for pair in pairs:
-        count = math.prod(pair.a.shape)
-        if batch and elements + count > _PIECE_ELEMENTS:
-            yield batch
-            batch, elements = [], 0
-        batch.append(pair)
-        elements += count
-    if batch:
-        yield batch
 
 
 def _saved(value: Any) -> bytes:

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     import torch
@@ -11,8 +12,7 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 
-@dataclass
-class Difference:
+class Difference(msgspec.Struct, gc=False):
     """What the elements of one pair of tensors add up to; :meth:`add` joins that of another part of it."""
 
     changed: int = 0
@@ -36,25 +36,24 @@ class Difference:
         self.largest_a = max(self.largest_a, other.largest_a)
 
 
-def measure(pairs: "Sequence[tuple[Tensor, Tensor]]") -> list[Difference]:
-    """The difference of each pair of tensors of one shape; all are of one dtype, and none is empty."""
+def measure(a: "Tensor", b: "Tensor", lengths: Sequence[int]) -> list[Difference]:
+    """The difference of each pair of tensors, whose elements stand in rows ``a`` and ``b`` of one dtype.
+
+    ``lengths`` says how many elements belong to each tensor; none is 0.
+    """
     import torch
 
-    dtype = pairs[0][0].dtype
-    lengths = torch.tensor([a.numel() for a, _ in pairs])
-    bits_a = torch.cat([_bits(a) for a, _ in pairs])
-    bits_b = torch.cat([_bits(b) for _, b in pairs])
-    a = _wide(bits_a.view(dtype))
+    dtype, bits_a, bits_b = a.dtype, _bits(a), _bits(b)
+    a, segments = wide(a), torch.tensor(lengths)
     nan_a = a.isnan()
     if torch.equal(bits_a, bits_b):
         size = a.abs().masked_fill(nan_a, 0)
-        sums = _per_tensor([nan_a, size * size], lengths, "sum")
-        largest = _per_tensor([size], lengths, "max")
+        columns = (per_tensor(nan_a, segments, "sum"), per_tensor(size * size, segments, "sum"))
         return [
             Difference(nan_in_both=int(nans), square_a=square, largest_a=most)
-            for (nans, square), (most,) in zip(sums, largest, strict=True)
+            for nans, square, most in zip(*columns, per_tensor(size, segments, "max"), strict=True)
         ]
-    b = _wide(bits_b.view(dtype))
+    b = wide(b)
     nan_b = b.isnan()
     both, one = nan_a & nan_b, nan_a ^ nan_b
     exact = not (dtype.is_floating_point or dtype.is_complex)
@@ -63,46 +62,58 @@ def measure(pairs: "Sequence[tuple[Tensor, Tensor]]") -> list[Difference]:
     change = (b - a).abs().clamp(min=1.0 if exact else 0.0).masked_fill(~(differ & ~one), 0)
     size = a.abs().masked_fill(nan_a | one, 0)
     relative = torch.where(size > 0, change / size, 0.0).nan_to_num(nan=0.0, posinf=math.inf)
-    sums = _per_tensor([differ, both, one, size * size, change * change], lengths, "sum")
-    largest = _per_tensor([change.masked_fill(one, math.inf), relative, size], lengths, "max")
-    return [
-        Difference(int(counts[0]), int(counts[1]), int(counts[2]), *counts[3:], *most)
-        for counts, most in zip(sums, largest, strict=True)
-    ]
+    counts = [map(int, per_tensor(column, segments, "sum")) for column in (differ, both, one)]
+    squares = [per_tensor(column * column, segments, "sum") for column in (size, change)]
+    largest = [per_tensor(column, segments, "max") for column in (change.masked_fill(one, math.inf), relative, size)]
+    return list(map(Difference, *counts, *squares, *largest))
 
 
-def _per_tensor(columns: "list[Tensor]", lengths: "Tensor", reduction: str) -> list[list[float]]:
+def per_tensor(values: "Tensor", lengths: "Tensor", reduction: str) -> list[float]:
+    """The sum, the largest or the smallest of the elements of each tensor: ``reduction`` is sum, max or min."""
+    return per_segment(values, lengths, reduction).tolist()
+
+
+def per_segment(values: "Tensor", lengths: "Tensor", reduction: str) -> "Tensor":
+    """Like :func:`per_tensor`, as a tensor."""
     import torch
 
-    values = torch.stack([column.to(torch.float64) for column in columns], dim=-1)
+    if values.dtype == torch.bool and not values.any():
+        return torch.zeros(len(lengths), dtype=torch.float64)
+    values = values.to(torch.float64)
     if len(lengths) == 1:
-        reduced = (values.sum(0) if reduction == "sum" else values.amax(0)).unsqueeze(0)
-    else:
-        reduced = torch.segment_reduce(values, reduction, lengths=lengths, axis=0)
-    rows: list[list[float]] = reduced.tolist()
-    return rows
+        whole = values.sum() if reduction == "sum" else values.amax() if reduction == "max" else values.amin()
+        return whole.view(1)
+    return torch.segment_reduce(values, reduction, lengths=lengths, axis=0)
 
 
-def wide(tensor: "Tensor") -> "Tensor":
-    """The elements in a row, as float64 or complex128."""
-    return _wide(_bits(tensor).view(tensor.dtype))
-
-
-def _wide(flat: "Tensor") -> "Tensor":
+def row_of(data: Sequence[bytes], dtype: str) -> "Tensor":
+    """The elements in these bytes in one row."""
     import torch
 
-    if flat.is_complex():
-        return flat.to(torch.complex128)
-    if flat.is_floating_point() and flat.itemsize == 1:
-        flat = flat.to(torch.float32)
-    return flat.to(torch.float64)
+    from lastgood._loading.values import torch_dtype
+
+    return torch.frombuffer(bytearray().join(data), dtype=torch.uint8).view(torch_dtype(dtype))
 
 
-def _bits(tensor: "Tensor") -> "Tensor":
-    """The elements in a row, as integers of their size; those of complex128 as two each."""
+def flat(tensor: "Tensor") -> "Tensor":
+    """The elements of a tensor in a row."""
+    return tensor.resolve_conj().resolve_neg().contiguous().view(-1)
+
+
+def wide(row: "Tensor") -> "Tensor":
+    """The elements as float64 or complex128."""
+    import torch
+
+    if row.is_complex():
+        return row.to(torch.complex128)
+    if row.is_floating_point() and row.itemsize == 1:
+        row = row.to(torch.float32)
+    return row.to(torch.float64)
+
+
+def _bits(row: "Tensor") -> "Tensor":
+    """The elements as integers of their size; those of complex128 as two each."""
     import torch
 
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    return tensor.contiguous().view(-1).view(kinds.get(tensor.itemsize, torch.int64))
+    return row.view(kinds.get(row.itemsize, torch.int64))

@@ -1,10 +1,13 @@
 """What the elements of tensors look like: smallest, largest, mean, spread, and how many are no numbers. Needs torch."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lastgood.cli._tensors import TensorSource, pieces
+import msgspec
+
+from lastgood.cli._measure import flat, per_segment, per_tensor, row_of, wide
+from lastgood.cli._tensors import BATCH_ELEMENTS, TensorSource, batches, by_dtype, pieces
 from lastgood.format.index import TensorNode
 
 if TYPE_CHECKING:
@@ -13,8 +16,7 @@ if TYPE_CHECKING:
 _PIECE_ELEMENTS = 1024 * 1024
 
 
-@dataclass(slots=True)
-class Stats:
+class Stats(msgspec.Struct, gc=False):
     """Of one tensor; NaN and infinite elements are counted and left out of all else. Of complex ones, magnitudes.
 
     ``std`` is that of all elements (divided by their number). All but the counts are ``None`` where no element is
@@ -29,66 +31,71 @@ class Stats:
     inf: int = 0
 
 
-def stats_of(source: TensorSource, nodes: list[TensorNode]) -> list[Stats]:
+def stats_of(source: TensorSource, nodes: Sequence[TensorNode]) -> list[Stats]:
     """The statistics of each tensor, read in bounded pieces."""
-    found, batch, elements = [], list[TensorNode](), 0
-    for node in nodes:
-        count = math.prod(node.shape)
-        if count > _PIECE_ELEMENTS:
-            found += _of_small(source, batch)
-            batch, elements = [], 0
-            gathered = _Gathered()
-            for part in pieces(node, _PIECE_ELEMENTS):
-                gathered.add(source.read([part])[0])
-            found.append(gathered.stats())
+    seen = [_Seen() for _ in nodes]
+    counts = [math.prod(node.shape) for node in nodes]
+    for numbers in batches(counts, BATCH_ELEMENTS):
+        first = numbers[0]
+        if counts[first] > _PIECE_ELEMENTS:
+            for part in pieces(nodes[first], _PIECE_ELEMENTS):
+                seen[first].add(_look_at(flat(source.read([part])[0]), [math.prod(part.shape)])[0])
             continue
-        if elements + count > _PIECE_ELEMENTS:
-            found += _of_small(source, batch)
-            batch, elements = [], 0
-        batch.append(node)
-        elements += count
-    return found + _of_small(source, batch)
+        data = source.read_bytes([nodes[number] for number in numbers])
+        for dtype, group in by_dtype([nodes[number] for number in numbers]).items():
+            found = _look_at(
+                row_of([data[place] for place in group], dtype), [counts[first + place] for place in group]
+            )
+            for place, one in zip(group, found, strict=True):
+                seen[first + place] = one
+    return [one.stats() for one in seen]
 
 
-def _of_small(source: TensorSource, nodes: list[TensorNode]) -> list[Stats]:
-    found = []
-    for tensor in source.read(nodes):
-        gathered = _Gathered()
-        gathered.add(tensor)
-        found.append(gathered.stats())
-    return found
+class _Seen(msgspec.Struct, gc=False):
+    """What is known of the elements seen so far. ``squares``: of how far each finite one is from their mean, summed."""
 
+    finite: int = 0
+    nan: int = 0
+    inf: int = 0
+    min: float = math.inf
+    max: float = -math.inf
+    mean: float = 0.0
+    squares: float = 0.0
 
-class _Gathered:
-    """Count, mean and squares of what has been seen, joined piece by piece without losing digits."""
-
-    def __init__(self) -> None:
-        self._count = self._nan = self._inf = 0
-        self._min, self._max, self._mean, self._squares = math.inf, -math.inf, 0.0, 0.0
-
-    def add(self, tensor: "torch.Tensor") -> None:
-        from lastgood.cli._measure import wide
-
-        values = wide(tensor)
-        if values.is_complex():
-            values = values.abs()
-        finite = values.isfinite()
-        self._nan += int(values.isnan().sum())
-        self._inf += int(values.isinf().sum())
-        values = values[finite]
-        count = values.numel()
-        if count == 0:
+    def add(self, other: "_Seen") -> None:
+        """Join what was seen of other elements of the same tensor, without losing digits."""
+        self.nan += other.nan
+        self.inf += other.inf
+        if other.finite == 0:
             return
-        mean = float(values.mean())
-        total = self._count + count
-        self._squares += float(((values - mean) ** 2).sum()) + (mean - self._mean) ** 2 * self._count * count / total
-        self._mean += (mean - self._mean) * count / total
-        self._count = total
-        self._min = min(self._min, float(values.min()))
-        self._max = max(self._max, float(values.max()))
+        total = self.finite + other.finite
+        apart = other.mean - self.mean
+        self.squares += other.squares + apart**2 * self.finite * other.finite / total
+        self.mean += apart * other.finite / total
+        self.finite = total
+        self.min = min(self.min, other.min)
+        self.max = max(self.max, other.max)
 
     def stats(self) -> Stats:
-        if self._count == 0:
-            return Stats(nan=self._nan, inf=self._inf)
-        spread = math.sqrt(self._squares / self._count)
-        return Stats(self._min, self._max, self._mean, spread, self._nan, self._inf)
+        if self.finite == 0:
+            return Stats(nan=self.nan, inf=self.inf)
+        return Stats(self.min, self.max, self.mean, math.sqrt(self.squares / self.finite), self.nan, self.inf)
+
+
+def _look_at(row: "torch.Tensor", lengths: Sequence[int]) -> list[_Seen]:
+    """What there is to see of tensors whose elements stand in one row; ``lengths`` says how many belong to each."""
+    import torch
+
+    values, segments = wide(row), torch.tensor(lengths)
+    if values.is_complex():
+        values = values.abs()
+    others = ~values.isfinite()
+    finite = per_segment(~others, segments, "sum")
+    mean = per_segment(values.masked_fill(others, 0), segments, "sum") / finite
+    owner = torch.zeros(len(values), dtype=torch.int64)  # repeat_interleave would start threads for that
+    owner[segments.cumsum(0)[:-1]] = 1
+    apart = (values - mean[owner.cumsum(0)]).masked_fill(others, 0)
+    counts = [map(int, per_tensor(column, segments, "sum")) for column in (~others, values.isnan(), values.isinf())]
+    smallest = per_tensor(values.masked_fill(others, math.inf), segments, "min")
+    largest = per_tensor(values.masked_fill(others, -math.inf), segments, "max")
+    return list(map(_Seen, *counts, smallest, largest, mean.tolist(), per_tensor(apart * apart, segments, "sum")))

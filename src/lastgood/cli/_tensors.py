@@ -4,19 +4,20 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lastgood._contents.model import FileContents
 from lastgood._contents.reading import describe_archive, local_storage, open_file
 from lastgood._contents.torch_files import describe_torch_file
-from lastgood._loading.records import read_parts
-from lastgood._memory import memory_at, paused_garbage_collection
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data, read_parts
+from lastgood._memory import bytes_at, memory_at, paused_garbage_collection
+from lastgood._threads import run_all
 from lastgood.errors import ConfigError, corrupt
 from lastgood.format.archive import open_archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import InvalidIndexError, Node, OpaqueNode, TensorNode, keyed_children, walk_nodes
-from lastgood.format.read_plan import PIECE_SIZE, Request
-from lastgood.format.spec import crc32
+from lastgood.format.read_plan import PIECE_SIZE, RUN_GAP, RUN_SIZE, Request
+from lastgood.format.spec import BLOCK_SIZE, DTYPES, crc32
 from lastgood.format.stream import native_byteorder
 from lastgood.storage._direct_io import aligned_buffer
 
@@ -55,6 +56,7 @@ class TensorSource:
         except BaseException:
             self._file.close()
             raise
+        self._entries = list(self.contents.storages)
         self._checked: set[int] = set()
         self._opaque: OpaqueValues | None = None
 
@@ -83,7 +85,7 @@ class TensorSource:
         """
         from lastgood._loading.values import StoragePool
 
-        pool = StoragePool(list(self.contents.storages), "cpu")
+        pool = StoragePool(self._entries, "cpu")
         for node in nodes:
             pool.ask(node)
         requests = pool.allocate()
@@ -99,9 +101,65 @@ class TensorSource:
             else [tensor.detach() if node.flags else tensor for node, tensor in zip(nodes, tensors, strict=True)]
         )
 
+    def read_bytes(self, nodes: Sequence[TensorNode]) -> list[bytes]:
+        """The elements of each of these tensors in a row, as bytes: what :meth:`read` gives, without its tensors.
+
+        For very many small tensors this is several times as fast: those that lie near each other are read together.
+        """
+        from lastgood._loading.values import contiguous_stride
+
+        found = [b""] * len(nodes)
+        stored, others = list[_Stored](), list[int]()
+        for number, node in enumerate(nodes):
+            nbytes = self._entries[node.storage].nbytes
+            in_a_row = node.stride == contiguous_stride(node.shape) and "c" not in node.flags and "n" not in node.flags
+            if in_a_row and 0 < nbytes <= BLOCK_SIZE:  # no more than one checksum
+                start = self.contents.places[node.storage].offset
+                stored.append((start, start + nbytes, number))
+            elif 0 not in node.shape:
+                others.append(number)
+        run_all(
+            list(_runs(stored)),
+            lambda run: others.extend(self._read_run(nodes, run, found)),
+            1,
+            NO_PROGRESS_TIMEOUT_SECS,
+            lambda: no_data(self.contents.path),
+            name="read",
+        )
+        tensors = self.read([nodes[number] for number in others]) if others else []
+        for number, tensor in zip(others, tensors, strict=True):
+            values = tensor.resolve_conj().resolve_neg().contiguous()
+            found[number] = bytes_at(values.data_ptr(), values.nbytes)
+        return found
+
+    def _read_run(self, nodes: Sequence[TensorNode], run: "list[_Stored]", found: list[bytes]) -> list[int]:
+        """Read storages near each other in one go; returns what is damaged: reading that alone tells what it is."""
+        begin = run[0][0]
+        scratch = aligned_buffer(max(end for _, end, _ in run) - begin)
+        self._file.read_into(begin, scratch)
+        checked, is_good, damaged = -1, False, []
+        for start, end, number in run:
+            node = nodes[number]
+            if node.storage != checked:
+                checked, crc = node.storage, self._crc(node.storage)
+                is_good = crc is None or crc32(scratch[start - begin : end - begin]) == crc
+            if not is_good:
+                self._checked.discard(node.storage)
+                damaged.append(number)
+            itemsize = DTYPES[node.dtype].itemsize
+            first = start - begin + node.offset * itemsize
+            found[number] = bytes(scratch[first : first + math.prod(node.shape) * itemsize])
+        return damaged
+
+    def _crc(self, storage: int) -> int | None:
+        """The checksum of a storage that is one block; the format of torch before 1.6 has none."""
+        if self._archive is None:
+            return self.contents.places[storage].crc
+        return self._archive.block_crcs[self._archive.first_blocks[FIRST_STORAGE + storage]]
+
     def _read_foreign(self, request: Request) -> None:
         number = request.record - FIRST_STORAGE
-        place, nbytes = self.contents.places[number], self.contents.storages[number].nbytes
+        place, nbytes = self.contents.places[number], self._entries[number].nbytes
         target = memory_at(request.address, request.end - request.start)
         self._file.read_into(place.offset + request.start, target)
         if place.crc is None or number in self._checked:
@@ -136,6 +194,24 @@ class TensorSource:
         return _find(self.contents.root, loaded, node)
 
 
+_Stored: TypeAlias = tuple[int, int, int]
+"""Where in the file the storage of a tensor begins and ends, and the tensor's number."""
+
+
+def _runs(stored: list[_Stored]) -> Iterator[list[_Stored]]:
+    """What is to be read together, in the order of the file."""
+    run, last = list[_Stored](), 0
+    for one in sorted(stored):
+        start, end, _ = one
+        if run and (start > last + RUN_GAP or end > run[0][0] + RUN_SIZE):
+            yield run
+            run = []
+        run.append(one)
+        last = end if len(run) == 1 else max(last, end)
+    if run:
+        yield run
+
+
 def _find(root: Node, value: Any, wanted: Node) -> Any:
     """What stands in ``value``, which ``root`` describes, where ``wanted`` stands in ``root``."""
     waiting = [(root, value)]
@@ -161,3 +237,29 @@ def pieces(node: TensorNode, most_elements: int) -> Iterator[TensorNode]:
         shape = (*node.shape[:dimension], min(count, length - first), *node.shape[dimension + 1 :])
         offset = node.offset + first * node.stride[dimension]
         yield from pieces(TensorNode(node.storage, node.dtype, offset, shape, node.stride, node.flags), most_elements)
+
+
+BATCH_ELEMENTS = 32 * 1024
+"""Tensors with so many elements together are looked at together: few enough for torch to need no threads, whose start
+costs more than the work, most of all where other processes keep the cores busy."""
+
+
+def batches(counts: Sequence[int], most_elements: int) -> Iterator[range]:
+    """The numbers of tensors, whose elements ``counts`` counts, with so many elements together; a larger one alone."""
+    first = elements = 0
+    for number, count in enumerate(counts):
+        if number > first and elements + count > most_elements:
+            yield range(first, number)
+            first, elements = number, 0
+        elements += count
+    if first < len(counts):
+        yield range(first, len(counts))
+
+
+def by_dtype(nodes: Sequence[TensorNode]) -> dict[str, list[int]]:
+    """The positions of the tensors that have any elements, by dtype."""
+    found: dict[str, list[int]] = {}
+    for position, node in enumerate(nodes):
+        if 0 not in node.shape:
+            found.setdefault(node.dtype, []).append(position)
+    return found

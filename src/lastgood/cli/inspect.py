@@ -108,9 +108,10 @@ def _measure(contents: Contents, rows: Sequence[Row]) -> dict[int, Stats]:
     found: dict[int, Stats] = {}
     for file in contents.files:
         wanted = [row for row in rows if row.ranks == [file.rank] and isinstance(row.node, TensorNode)]
-        with quiet_torch(), TensorSource(file.path) as source:
-            nodes = [row.node for row in wanted if isinstance(row.node, TensorNode)]
-            found |= zip(map(id, wanted), stats_of(source, nodes), strict=True)
+        nodes = [row.node for row in wanted if isinstance(row.node, TensorNode)]
+        if nodes:
+            with quiet_torch(), paused_garbage_collection(), TensorSource(file.path) as source:
+                found |= zip(map(id, wanted), stats_of(source, nodes), strict=True)
     return found
 
 
@@ -119,7 +120,7 @@ def _document(contents: Contents, rows: Sequence[Row], measured: dict[int, Stats
     for row in rows:
         entry = row_as_json(row)
         if id(row) in measured:
-            entry["stats"] = asdict(measured[id(row)])
+            entry["stats"] = measured[id(row)]
         entries.append(entry)
     about = ("path", "kind", "nbytes", "rank", "world_size", "step", "saved_at", "metrics", "save_id", "byteorder")
     return {

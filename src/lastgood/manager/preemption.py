@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from types import FrameType
 
@@ -39,13 +40,17 @@ class PreemptionNotice:
             return
         for number in dict.fromkeys(signals):
             self._previous[number] = signal.signal(number, self._handle)
+        _notices.add(self)
 
     def remove(self) -> None:
         """Let the previous handlers do it. One that was set since then stays."""
         self._is_removed = True
         if threading.current_thread() is not threading.main_thread():
             return  # what stays installed only passes on
-        for number, previous in self._previous.items():
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for number, previous in reversed(self._previous.items()):
             if signal.getsignal(number) == self._handle and previous is not None:
                 signal.signal(number, previous)  # type: ignore[arg-type]
 
@@ -62,3 +67,21 @@ class PreemptionNotice:
         elif previous is signal.SIG_DFL and not counts:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+_notices: "weakref.WeakSet[PreemptionNotice]" = weakref.WeakSet()
+
+
+def _put_all_back() -> None:
+    """In a forked process: at once, and not by a handler, which would not run while the process waits for something.
+
+    A data loader ends its workers by SIGTERM, and waits for them.
+    """
+    # Of several managers' handlers one may lie on top of the other, in whatever order they come here.
+    for _ in range(len(_notices)):
+        for notice in list(_notices):
+            notice._put_back()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_put_all_back)
