@@ -92,9 +92,9 @@ def _look_at(row: "torch.Tensor", lengths: Sequence[int]) -> list[_Seen]:
     others = ~values.isfinite()
     finite = per_segment(~others, segments, "sum")
     mean = per_segment(values.masked_fill(others, 0), segments, "sum") / finite
-    owner = torch.zeros(len(values), dtype=torch.int64)  # repeat_interleave would start threads for that
-    owner[segments.cumsum(0)[:-1]] = 1
-    apart = (values - mean[owner.cumsum(0)]).masked_fill(others, 0)
+    # Which tensor each element belongs to; torch starts threads for repeat_interleave and for a tensor as an index.
+    owner = torch.zeros(len(values), dtype=torch.int64).index_fill_(0, segments.cumsum(0)[:-1], 1).cumsum(0)
+    apart = (values - mean.index_select(0, owner)).masked_fill(others, 0)
     counts = [map(int, per_tensor(column, segments, "sum")) for column in (~others, values.isnan(), values.isinf())]
     smallest = per_tensor(values.masked_fill(others, math.inf), segments, "min")
     largest = per_tensor(values.masked_fill(others, -math.inf), segments, "max")
