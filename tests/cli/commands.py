@@ -1,15 +1,20 @@
 """What tests of the command share: running it for real, and roots of runs to run it on."""
 
+import io
 import json
 import os
 import pty
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import lastgood
+from lastgood.cli import main
 from lastgood.storage.base import Buffer
 from lastgood.storage.local import LocalStorage
 
@@ -32,13 +37,17 @@ write.write_at(0, memoryview(b"half of it"))
 print("writing", flush=True)
 sys.stdin.read()
 """
+IMPORTING_TORCH = ("cat", "diff")
+WITHOUT = ("NO_COLOR", "FORCE_COLOR", "LASTGOOD_DEBUG", "TTY_COMPATIBLE")
 PLAIN = {"TERM": "dumb", "COLUMNS": "80", "TZ": "UTC", "LC_ALL": "C.UTF-8"}
 
 
 def run(
     *words: str | Path, program: str = PROGRAM, environment: Mapping[str, str] | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """The command as a process of its own, without a terminal."""
+    """The command without a terminal; as a process of its own, unless that would import torch, which takes seconds."""
+    if words and words[0] in IMPORTING_TORCH and program is PROGRAM and not (environment or options):
+        return _run_here(*map(str, words))
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, words)],
         stdin=subprocess.DEVNULL,
@@ -46,6 +55,20 @@ def run(
         timeout=100,
         **{"capture_output": True, "text": True, **options},
     )
+
+
+def _run_here(*words: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has torch already."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        for name in WITHOUT:
+            patch.delenv(name, raising=False)
+        for name, value in PLAIN.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["lastgood", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return subprocess.CompletedProcess(words, int(ended.value.code or 0), output.getvalue(), errors.getvalue())
 
 
 def run_json(*words: str | Path, status: int = 0) -> Any:
@@ -79,8 +102,7 @@ def run_in_terminal(*words: str | Path, environment: Mapping[str, str] | None = 
 
 
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
-    without = ("NO_COLOR", "FORCE_COLOR", "LASTGOOD_DEBUG", "TTY_COMPATIBLE")
-    return {name: value for name, value in os.environ.items() if name not in without} | PLAIN | dict(more or {})
+    return {name: value for name, value in os.environ.items() if name not in WITHOUT} | PLAIN | dict(more or {})
 
 
 def assert_one_line_of_error(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.contents.samples import save_in_each_form
 from tests.unit.loading.files import CountingFile, flip, opened, raw
@@ -77,6 +77,7 @@ def elements_of(tensor: torch.Tensor) -> bytes:
     return raw(shown.clone(memory_format=torch.contiguous_format))
 
 
+@settings(max_examples=20)
 @given(chosen=choices, seed=st.integers(0, 2**31))
 def test_bytes_read_together_are_those_of_each_tensor(
     tmp_path_factory: pytest.TempPathFactory, chosen: list[tuple[Any, Any, str]], seed: int
@@ -89,6 +90,7 @@ def test_bytes_read_together_are_those_of_each_tensor(
             assert source.read_bytes(nodes[::-1]) == [elements_of(tensor) for tensor in source.read(nodes)][::-1]
 
 
+@settings(max_examples=20)
 @given(chosen=choices, seed=st.integers(0, 2**31))
 def test_a_comparison_of_many_is_that_of_each(
     tmp_path_factory: pytest.TempPathFactory, chosen: list[tuple[Any, Any, str]], seed: int
@@ -116,6 +118,7 @@ def _looks_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
+@settings(max_examples=20)
 @given(chosen=choices, seed=st.integers(0, 2**31))
 def test_statistics_of_many_are_those_of_each(
     tmp_path_factory: pytest.TempPathFactory, chosen: list[tuple[Any, Any, str]], seed: int

@@ -38,6 +38,9 @@ LARGEST_HEAD = 512 + LARGEST_METRICS
 """More bytes than the head of any save takes."""
 
 
+_LONGEST_STEP_BITS = 512
+
+
 def noted_in_head(arguments: dict[str, Any]) -> dict[str, Any]:
     """Those of a save's arguments that the head of its file notes: ``step``, ``saved_at`` and ``metrics``.
 
@@ -46,7 +49,7 @@ def noted_in_head(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     step, saved_at, metrics = (arguments.get(name) for name in ("step", "saved_at", "metrics"))
     return {
-        "step": step if type(step) is int and -(2**63) <= step < 2**63 else None,
+        "step": step if type(step) is int and step.bit_length() <= _LONGEST_STEP_BITS else None,
         "saved_at": saved_at if type(saved_at) is float and math.isfinite(saved_at) else None,
         "metrics": {name: _finite(value) for name, value in metrics.items()} if are_metrics(metrics) else None,
     }
