@@ -159,6 +159,7 @@ class CheckpointManager:
     def _save(
         self, step: int, state: dict[str, Any], metrics: dict[str, float] | None, *, after_failures: bool
     ) -> Future[None]:
+        began = time.perf_counter()
         path = os.path.join(self._root, step_name(step))
         state_dict: dict[str, Any] = {}
 
@@ -171,7 +172,7 @@ class CheckpointManager:
         self._renew_if_one_has_failed()
         on_all(prepare, self._ranks, f"save step {step}", path)
         noted = {"step": step, "saved_at": time.time(), "metrics": metrics}
-        save = SaveInFlight(step, path, noted_in_head(noted)["metrics"], self._ended)
+        save = SaveInFlight(step, path, noted_in_head(noted)["metrics"], self._ended, began=began)
         self._last_save = save
         try:
             error = self._try_to_begin(save, state_dict, noted)

@@ -14,6 +14,8 @@ _MOMENT_SECS = 10.0
 class SaveInFlight:
     """A save under way. ``ended`` is called once, by the thread that learns of it, with how it went.
 
+    ``began`` is when it was asked for, on the clock of ``time.perf_counter()``: all times count from there.
+
     Whoever begins the save calls :meth:`returned` and then :meth:`follow`, or :meth:`end` if it ended at once.
     """
 
@@ -23,6 +25,8 @@ class SaveInFlight:
         path: str,
         metrics: dict[str, float | None] | None,
         ended: "Callable[[SaveInFlight, BaseException | None], None]",
+        *,
+        began: float,
     ) -> None:
         self.step = step
         self.path = path
@@ -32,7 +36,7 @@ class SaveInFlight:
         self._metrics = metrics
         self._ended = ended
         self._time = time.time()
-        self._began = time.perf_counter()
+        self._began = began
         self.stall_secs = 0.0
         self._staged_secs: float | None = None
         self._durable_secs: float | None = None

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -445,3 +446,25 @@ def test_one_of_several_processes_without_a_group_is_told_so(tmp_path: Path, mon
 def test_a_manager_that_has_nothing_to_tell_leaves_nothing_on_disk(tmp_path: Path) -> None:
     CheckpointManager(tmp_path / "run", asynchronous=False).close()
     assert not (tmp_path / "run").exists()
+
+
+def test_the_stall_of_a_save_counts_from_the_call_and_so_does_all_else(tmp_path: Path, asynchronous: bool) -> None:
+    asked: list[float] = []
+
+    class Slow:
+        def state_dict(self) -> dict[str, Any]:
+            began = time.perf_counter()
+            while time.perf_counter() < began + 0.02:
+                pass
+            asked.append(time.perf_counter() - began)
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    records: list[SaveRecord] = []
+    with CheckpointManager(tmp_path, asynchronous=asynchronous, on_save=records.append) as manager:
+        manager.save(1, {"slow": Slow(), **state_of(1)})
+    [record] = records
+    assert record.durable_secs is not None
+    assert record.stall_secs >= asked[0]
+    assert record.durable_secs >= asked[0]
