@@ -85,14 +85,17 @@ def start_or_do(work: Callable[[], None], *, name: str) -> None:
 
     Some of the last saves are finished at that time, and none of them may be lost for want of a thread.
     """
-    try:
-        threading.Thread(target=work, name=name, daemon=True).start()
-    except RuntimeError as error:
-        if not is_ending(error):
-            raise
+    if start_daemon(work, name=name) is None:
         work()
 
 
-def is_ending(error: RuntimeError) -> bool:
-    """Whether a thread could not be started because the interpreter is ending, and not for want of something."""
-    return "shutdown" in str(error)
+def start_daemon(work: Callable[[], None], *, name: str) -> threading.Thread | None:
+    """A daemon thread that does ``work``; ``None`` where the interpreter is ending and starts none any more."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if "shutdown" not in str(error):  # not because of that, but for want of something
+            raise
+        return None
+    return thread

@@ -21,7 +21,7 @@ from lastgood._staging.job import StagingJob, StagingOptions, lay_out
 from lastgood._staging.optimizer_guard import OptimizerGuard
 from lastgood._staging.plan import Planner, arena_size
 from lastgood._staging.state import rebuild_state
-from lastgood._threads import is_ending
+from lastgood._threads import start_daemon
 from lastgood.errors import ConfigError, SaveTimeoutError
 from lastgood.types import STATE_DICT
 
@@ -298,14 +298,8 @@ class DefaultStager(CheckpointStager):
             self._require_open()
             if self._thread is None:
                 # The thread must not keep a stager alive that nobody closed.
-                thread = threading.Thread(target=_work, args=(self._jobs,), name="lastgood-staging", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError as error:
-                    if not is_ending(error):
-                        raise
-                else:
-                    self._thread = thread
+                self._thread = start_daemon(partial(_work, self._jobs), name="lastgood-staging")
+                if self._thread is not None:
                     weakref.finalize(self, self._jobs.put, None).atexit = False
             if self._thread is not None:
                 self._jobs.put(job)

@@ -7,7 +7,7 @@ from lastgood.cli._report.health import health_of
 from lastgood.cli._report.retention import retention_of
 from lastgood.cli._report.words import rule_in_words
 from lastgood.manager.catalog import Catalog, Condition, Entry
-from lastgood.manager.run_log import RunRecord, SaveRecord
+from lastgood.manager.run_log import RestoreRecord, RunRecord, SaveRecord
 
 
 def _catalog(*conditions: Condition, others: tuple[str, ...] = ()) -> Catalog:
@@ -73,6 +73,16 @@ def test_what_was_saved_last_stays_after_a_return_to_an_earlier_step() -> None:
     records = [_run([{"rule": "keep last", "count": 1}]), saved]
     rows = retention_of(_catalog(*[Condition.COMMITTED] * 3), records).checkpoints
     assert [(row.step, row.fate) for row in rows] == [(10, "stays"), (20, "goes"), (30, "stays")]
+
+
+def test_what_the_run_resumed_from_stays_until_there_is_a_later_save_as_retention_has_it() -> None:
+    catalog = _catalog(*[Condition.COMMITTED] * 3)
+    log = [
+        _run([{"rule": "keep last", "count": 1}]),
+        SaveRecord(time=2.0, step=30, outcome="durable", stall_secs=0.1),
+        RestoreRecord(time=3.0, step=10, seconds=0.1),
+    ]
+    assert [row.fate for row in retention_of(catalog, log).checkpoints] == ["stays", "goes", "stays"]
 
 
 def test_health_is_told_in_sentences_and_bad_when_something_is_damaged() -> None:

@@ -1,24 +1,22 @@
 """Checking every byte of one file: it does not stop at the first damage, so that all damaged tensors are named."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lastgood import _events
 from lastgood._contents.model import Problem, VerifyReport
 from lastgood._contents.torch_files import describe_torch_file, describe_zip
 from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, READER_THREADS, check_pickle, no_data
-from lastgood._loading.zip_directory import ZipRecord, is_zip, read_directory
+from lastgood._loading.zip_directory import is_zip, read_directory
+from lastgood._loading.zip_records import damaged_records
 from lastgood._threads import run_all
 from lastgood.errors import CorruptCheckpointError, UnsafeCheckpointError
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import Node, TensorNode, walk_paths
-from lastgood.format.read_plan import PIECE_SIZE, DirectRead, Read, WholeRead, plan_whole
-from lastgood.format.spec import BLOCK_SIZE, block_count, combine_crcs, crc32
+from lastgood.format.read_plan import DirectRead, Read, WholeRead, plan_whole
+from lastgood.format.spec import BLOCK_SIZE, block_count, crc32
 from lastgood.storage._direct_io import aligned_buffer
 from lastgood.storage.base import StoredFile
-
-_MOST_IN_BATCH = 500
 
 
 @dataclass
@@ -149,7 +147,7 @@ def verify_torch_file(file: StoredFile, findings: Findings) -> None:
         )
         return
     records = read_directory(file)
-    damaged = _damaged_records(file, list(records.values()))
+    damaged = damaged_records(file, list(records.values()), "verify")
     paths: dict[int, str] = {}
     places: dict[int, int] = {}
     try:
@@ -171,41 +169,3 @@ def verify_torch_file(file: StoredFile, findings: Findings) -> None:
             "torch.serialization.set_crc32_options(False): such a file has none)",
             path,
         )
-
-
-def _damaged_records(file: StoredFile, records: list[ZipRecord]) -> list[ZipRecord]:
-    pieces = [
-        (number, start, min(PIECE_SIZE, record.size - start))
-        for number, record in enumerate(records)
-        for start in range(0, record.size, PIECE_SIZE)
-    ]
-    meter = _events.ByteMeter("verify", file.path, file.size)
-    found: dict[tuple[int, int], int] = {}
-
-    def read(batch: list[tuple[int, int, int]]) -> None:
-        for number, start, size in batch:
-            buffer = aligned_buffer(size)
-            file.read_into(records[number].offset + start, buffer)
-            found[number, start] = crc32(buffer)
-            meter.add(size)
-
-    batches = list(_batches(pieces))
-    run_all(batches, read, READER_THREADS, NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(file.path), name="verify")
-    crcs = [0] * len(records)
-    for number, start, size in pieces:
-        crcs[number] = combine_crcs(crcs[number], found[number, start], size)
-    return [record for record, crc in zip(records, crcs, strict=True) if crc != record.crc]
-
-
-def _batches(pieces: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Small pieces, of which there may be very many, a few hundred at a time."""
-    batch: list[tuple[int, int, int]] = []
-    nbytes = 0
-    for piece in pieces:
-        batch.append(piece)
-        nbytes += piece[2]
-        if nbytes >= PIECE_SIZE or len(batch) >= _MOST_IN_BATCH:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch

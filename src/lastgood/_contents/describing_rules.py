@@ -4,8 +4,9 @@ Nothing is looked up or run, and no list says what is allowed: a file that must 
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
+from lastgood._loading.pickle_judge import PickleJudge
 from lastgood._loading.pickle_symbols import (
     DictSymbol,
     GlobalSymbol,
@@ -15,7 +16,6 @@ from lastgood._loading.pickle_symbols import (
     UsersSymbol,
     is_count,
 )
-from lastgood.errors import UnsafeCheckpointError, corrupt
 from lastgood.format.index import (
     BytearrayNode,
     BytesNode,
@@ -29,7 +29,6 @@ from lastgood.format.index import (
 )
 from lastgood.format.spec import DTYPES, QUANTIZED_STORAGE_CLASSES, UNTYPED
 
-_SPARE_WORK = 1024 * 1024
 _LATIN = ("latin1", "latin-1")
 _PLAIN_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 
@@ -83,27 +82,13 @@ def opaque(type_name: str, storages: tuple[int, ...] = ()) -> OpaqueNode:
     return OpaqueNode(0, 0, 0, storages, type_name)
 
 
-class DescribingRules:
+class DescribingRules(PickleJudge):
     """Answers the calls of one file's pickles with nodes and symbols.
 
     ``size`` is that of the pickles in bytes: what descriptions copy out of them may not add up to much more.
     """
 
-    def __init__(self, path: str, size: int) -> None:
-        self._path = path
-        self._work_left = 4 * size + _SPARE_WORK
-
-    def unsafe(self, what: str) -> NoReturn:
-        """Refuse the pickle for what it would do."""
-        raise UnsafeCheckpointError(
-            f"{self._path} cannot be described: its pickle {what}. torch.save writes nothing like it; nothing of the "
-            "file was run or loaded.",
-            path=self._path,
-        )
-
-    def broken(self, what: str) -> NoReturn:
-        """Refuse the pickle for what cannot be."""
-        raise corrupt(self._path, f"its pickle cannot be right: {what}")
+    refusal = "cannot be described"
 
     def call(self, function: Any, arguments: Any) -> Any:
         """What a call makes; of what is not described here, the name."""
@@ -136,11 +121,6 @@ class DescribingRules:
 
     def use_as_key(self, key: Any) -> None:
         """Any key can be described."""
-
-    def _spend(self, cost: int) -> None:
-        self._work_left -= cost
-        if self._work_left < 0:
-            self.unsafe("makes copies of the same large values again and again")
 
     # One method a call. Each returns what stands for the result, or None for arguments that torch.save never writes.
 

@@ -4,16 +4,11 @@ from typing import Any
 
 from lastgood._loading.legacy import check_legacy
 from lastgood._loading.opaque_values import refuse_unsafe, safe_torch_load
-from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, READER_THREADS, no_data
 from lastgood._loading.values import MapLocation
 from lastgood._loading.zip_directory import ZipRecord, is_zip, read_directory
-from lastgood._threads import run_all
+from lastgood._loading.zip_records import damaged_records
 from lastgood.errors import CorruptCheckpointError, corrupt
-from lastgood.format.spec import combine_crcs, crc32
-from lastgood.storage._direct_io import aligned_buffer
 from lastgood.storage.base import StoredFile
-
-_PIECE_SIZE = 8 * 1024 * 1024
 
 
 def load_foreign(
@@ -61,26 +56,8 @@ def _check_pickle(file: StoredFile, records: dict[str, ZipRecord]) -> None:
 
 
 def _check(file: StoredFile, records: list[ZipRecord]) -> None:
-    pieces = [
-        (number, start, min(_PIECE_SIZE, record.size - start))
-        for number, record in enumerate(records)
-        for start in range(0, record.size, _PIECE_SIZE)
-    ]
-    found: dict[tuple[int, int], int] = {}
-
-    def read(piece: tuple[int, int, int]) -> None:
-        number, start, size = piece
-        buffer = aligned_buffer(size)
-        file.read_into(records[number].offset + start, buffer)
-        found[number, start] = crc32(buffer)
-
-    run_all(pieces, read, READER_THREADS, NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(file.path), name="check")
-    crcs = [0] * len(records)
-    for number, start, size in pieces:
-        crcs[number] = combine_crcs(crcs[number], found[number, start], size)
-    for record, crc in zip(records, crcs, strict=True):
-        if crc != record.crc:
-            raise _wrong_crc(file, record)
+    for record in damaged_records(file, records, "read"):
+        raise _wrong_crc(file, record)
 
 
 def _wrong_crc(file: StoredFile, record: ZipRecord) -> CorruptCheckpointError:

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from lastgood._loading.pickle_judge import PickleJudge
 from lastgood._loading.pickle_symbols import (
     PLAIN,
     USERS,
@@ -17,14 +18,13 @@ from lastgood._loading.pickle_symbols import (
     TupleSymbol,
     is_count,
 )
-from lastgood.errors import UnsafeCheckpointError, corrupt
+from lastgood.errors import UnsafeCheckpointError
 from lastgood.format.index import element_span
 from lastgood.format.spec import DTYPES, QUANTIZED_STORAGE_CLASSES
 
 LARGEST_KEY = 1000
 """A tuple that is used as a key may hold this many values, those of tuples in it included."""
 
-_SPARE_WORK = 1024 * 1024
 _ITEM_COST = 8
 _LATIN = ("latin1", "latin-1")
 
@@ -46,29 +46,16 @@ def storage_of(storage_class: Any, numel: Any) -> StorageSymbol | None:
     return None if itemsize is None else StorageSymbol(numel * itemsize, _PACKED_BITS.get(name, 8 * itemsize))
 
 
-class PickleRules:
+class PickleRules(PickleJudge):
     """Judges the calls of one file's pickles. What they refuse raises; what they allow returns what would be made.
 
     ``size`` is that of the file in bytes: what calls copy or hash may not add up to much more.
     """
 
     def __init__(self, path: str, size: int) -> None:
-        self._path = path
-        self._work_left = 4 * size + _SPARE_WORK
+        super().__init__(path, size)
         self._users = _names_that_the_user_allowed()
         self._dict_items = 0
-
-    def unsafe(self, what: str) -> NoReturn:
-        """Refuse the pickle for what it would do."""
-        raise UnsafeCheckpointError(
-            f"{self._path} is not safe to load: its pickle {what}. torch.save writes nothing like it; nothing of the "
-            "file was run or loaded.",
-            path=self._path,
-        )
-
-    def broken(self, what: str) -> NoReturn:
-        """Refuse the pickle for what cannot be."""
-        raise corrupt(self._path, f"its pickle cannot be right: {what}")
 
     def call(self, function: Any, arguments: Any) -> Any:
         """A call of ``function``."""
@@ -126,12 +113,6 @@ class PickleRules:
             "torch.distributed and torch.nested: import that module first) and load again.",
             path=self._path,
         )
-
-    def _spend(self, cost: int) -> None:
-        """Count work that the number of opcodes does not bound."""
-        self._work_left -= cost
-        if self._work_left < 0:
-            self.unsafe("makes copies of the same large values again and again")
 
     # One method a call. Each returns what the call makes, or None where torch.save writes no such arguments.
 

@@ -64,6 +64,8 @@ def _options(
 ) -> None:
     """Options that come before any verb."""
     context.ensure_object(_Settings).debug = debug
+    if context.invoked_subcommand != "demo":  # which goes on for minutes; the others make very many objects, once
+        context.with_resource(paused_garbage_collection())
 
 
 def main() -> NoReturn:
@@ -74,8 +76,7 @@ def main() -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
     atexit.register(gc.freeze)  # all memory goes at the end: very many objects need not be looked through first
     try:
-        with paused_garbage_collection():
-            status = app(sys.argv[1:] or ["--help"], prog_name="lastgood", obj=settings, standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], prog_name="lastgood", obj=settings, standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         status = FAILED

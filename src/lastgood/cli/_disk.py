@@ -12,7 +12,7 @@ from lastgood.format.identity import FileIdentity, read_identity
 from lastgood.format.manifest import MANIFEST_NAME, rank_of
 from lastgood.manager.catalog import step_of
 from lastgood.storage._durable_write import is_temporary
-from lastgood.storage._file_lock import is_lock
+from lastgood.storage._file_lock import is_held, is_lock
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.file_ops import FileOps, OsFileOps
 
@@ -86,27 +86,8 @@ def writer_traces(directory: str, ops: FileOps | None = None) -> list[WriterTrac
     except OSError:
         return []
     return [
-        WriterTrace(path, is_lock(name), _is_held(ops, path))
+        WriterTrace(path, is_lock(name), is_held(ops, path))
         for name in names
         if is_temporary(name) or is_lock(name)
         for path in [os.path.join(directory, name)]
     ]
-
-
-def somebody_writes_in(directory: str) -> bool:
-    """Whether a living writer has something there."""
-    return any(trace.is_held for trace in writer_traces(directory))
-
-
-def _is_held(ops: FileOps, path: str) -> bool | None:
-    # The kernel frees a writer's lock when its process dies, so whoever can take the lock knows that it is dead.
-    try:
-        descriptor = ops.open_write(path)
-    except OSError:
-        return None
-    try:
-        return not ops.lock(descriptor)
-    except OSError:
-        return None
-    finally:
-        ops.close(descriptor)

@@ -1,35 +1,30 @@
 """``lastgood prune``: remove the checkpoints that no rule keeps, and what killed saves have left."""
 
 import os
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from lastgood.cli._disk import Root, disk_size, is_one_checkpoint, require_directory, somebody_writes_in
+from lastgood.cli._disk import Root, disk_size, is_one_checkpoint, require_directory
 from lastgood.cli._output import AsJson, Output, human_bytes
 from lastgood.errors import ConfigError
 from lastgood.manager import removal
+from lastgood.manager.bookkeeping import removal_record
 from lastgood.manager.catalog import RUN_LOG_NAME, Entry
 from lastgood.manager.retention import RetentionRule, Verdict, parse_rule, rules_from_json, rules_to_json
 from lastgood.manager.run_log import (
     Record,
-    RemoveRecord,
-    RestoreRecord,
     RunRecord,
-    SaveRecord,
-    StepReasons,
     append_record,
     end_torn_line,
+    protected_by,
     read_run_log,
 )
 from lastgood.manager.verification import require_good
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
-
-_BEING_WRITTEN = "somebody is writing it"
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +87,7 @@ def prune(
         raise ConfigError(f"{root} is a single checkpoint, not the directory of a run. Nothing was removed.", path=root)
     records = read_run_log(storage, root)
     rules = [parse_rule(text) for text in keep] if keep else _rules_of_the_run(root, records)
-    pruning = _prune(storage, root, rules, _protected(records), dry_run=not yes)
+    pruning = _prune(storage, root, rules, protected_by(records), dry_run=not yes)
     output = Output(as_json)
     output.json(pruning)
     _show(output, pruning)
@@ -111,23 +106,11 @@ def _rules_of_the_run(root: str, records: Sequence[Record]) -> list[RetentionRul
     return rules_from_json(runs[-1].rules)
 
 
-def _protected(records: Sequence[Record]) -> dict[int, str]:
-    """The checkpoint that the run stands on: not the highest step, where the run has gone back to an earlier one."""
-    protected: dict[int, str] = {}
-    for record in records:
-        if isinstance(record, RestoreRecord) and record.step is not None:
-            protected = {record.step: "the run resumed from it"}
-        elif isinstance(record, SaveRecord) and record.outcome == "durable":
-            protected = {record.step: "the last that was saved"}
-    return protected
-
-
 def _prune(
     storage: StorageBackend, root: str, rules: Sequence[RetentionRule], protected: dict[int, str], *, dry_run: bool
 ) -> Pruning:
     planned = removal.prune(storage, root, rules, protected=protected, dry_run=True)
-    leftovers = planned.leftovers
-    sizes = {entry.path: disk_size(entry.path) for entry in leftovers}
+    sizes = {entry.path: disk_size(entry.path) for entry in planned.leftovers}
     report = (
         planned
         if dry_run
@@ -135,10 +118,7 @@ def _prune(
     )
     if not dry_run:
         _note(storage, root, report)
-        leftovers = report.leftovers
-    skipped = [_judged(entry, entry.nbytes, [why]) for entry, why in report.skipped]
-    busy = [entry for entry in leftovers if dry_run and somebody_writes_in(entry.path)]
-    cleared = [_judged(entry, sizes.get(entry.path, 0), _why(entry)) for entry in leftovers if entry not in busy]
+    cleared = [_judged(entry, sizes.get(entry.path, 0), _why(entry)) for entry in report.leftovers]
     return Pruning(
         path=root,
         dry_run=dry_run,
@@ -146,7 +126,7 @@ def _prune(
         kept=_all_judged(report.decision.keep),
         removed=_all_judged(report.removed),
         cleared=cleared,
-        skipped=[*skipped, *(_judged(entry, sizes[entry.path], [_BEING_WRITTEN]) for entry in busy)],
+        skipped=[_judged(entry, entry.nbytes or disk_size(entry.path), [why]) for entry, why in report.skipped],
         nbytes_freed=report.nbytes_freed + sum(leftover.nbytes for leftover in cleared),
     )
 
@@ -167,12 +147,8 @@ def _why(leftover: Entry) -> list[str]:
 def _note(storage: StorageBackend, root: str, report: removal.PruneReport) -> None:
     """Tell the run's log, if there is one, what its report would otherwise miss."""
     if report.removed and storage.exists(os.path.join(root, RUN_LOG_NAME)):
-        removed, kept = (
-            [StepReasons(verdict.entry.step, list(verdict.reasons)) for verdict in verdicts]
-            for verdicts in (report.removed, report.decision.keep)
-        )
         end_torn_line(storage, root)
-        append_record(storage, root, RemoveRecord(time=time.time(), removed=removed, kept=kept))
+        append_record(storage, root, removal_record(report))
 
 
 def _show(output: Output, pruning: Pruning) -> None:

@@ -16,6 +16,7 @@ from lastgood.manager.run_log import (
     StepReasons,
     append_record,
     end_torn_line,
+    protected_by,
 )
 from lastgood.storage.base import StorageBackend
 
@@ -45,7 +46,8 @@ class Bookkeeping:
         self._opening = record
 
     def note(self, record: Record) -> None:
-        """One more line."""
+        """One more line; what it tells decides which checkpoint the run stands on from now."""
+        self._protected = protected_by([record]) or self._protected
         opening, self._opening = self._opening, None
         if opening is not None:
             self._housekeeping.do(lambda: self._append(opening))
@@ -56,18 +58,12 @@ class Bookkeeping:
             end_torn_line(self._storage, self._root)
         self._line_may_be_torn = not append_record(self._storage, self._root, record)
 
-    def resumed(self, step: int) -> None:
-        """The run goes on from this checkpoint: it stays until there is a later one of this run."""
-        self._protected = {step: "the run resumed from it"}
-
     def ended(self, record: SaveRecord) -> None:
         """A save is over."""
         self.note(record)
-        if record.outcome == "durable":
-            self._protected = {record.step: "the last that was saved"}
-            if self._rules and not self._prune_is_waiting:
-                self._prune_is_waiting = True
-                self._housekeeping.do(self._prune_after_save)
+        if record.outcome == "durable" and self._rules and not self._prune_is_waiting:
+            self._prune_is_waiting = True
+            self._housekeeping.do(self._prune_after_save)
 
     def _prune_after_save(self) -> None:
         self._prune_is_waiting = False
@@ -96,8 +92,13 @@ class Bookkeeping:
         for entry, reason in report.skipped:
             _events.logger.warning("the checkpoint of step %d could not be removed: %s", entry.step, reason)
         if report.removed:
-            removed, kept = (
-                [StepReasons(verdict.entry.step, list(verdict.reasons)) for verdict in verdicts]
-                for verdicts in (report.removed, report.decision.keep)
-            )
-            self.note(RemoveRecord(time=time.time(), removed=removed, kept=kept))
+            self.note(removal_record(report))
+
+
+def removal_record(report: PruneReport) -> RemoveRecord:
+    """What a log tells of a removal."""
+    removed, kept = (
+        [StepReasons(verdict.entry.step, list(verdict.reasons)) for verdict in verdicts]
+        for verdicts in (report.removed, report.decision.keep)
+    )
+    return RemoveRecord(time=time.time(), removed=removed, kept=kept)

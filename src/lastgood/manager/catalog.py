@@ -109,18 +109,17 @@ def read_catalog(storage: StorageBackend, root: str) -> Catalog:
     entries, others = [], []
     for name in storage.list(root):
         step = step_of(name)
-        if step is None or _is_file(storage, os.path.join(root, name)):
+        entry = None if step is None else read_entry(storage, root, step)
+        if entry is None or (entry.condition is Condition.UNFINISHED and _is_file(storage, entry.path)):
             others.append(name)
         else:
-            entries.append(read_entry(storage, root, step))
+            entries.append(entry)
     return Catalog(root, tuple(sorted(entries, key=lambda entry: entry.step)), tuple(others))
 
 
 def _is_file(storage: StorageBackend, path: str) -> bool:
     """Whether a file has the name of a checkpoint's directory."""
     try:
-        if storage.list(path):
-            return False
         storage.open(path).close()
     except (CheckpointNotFoundError, StorageError):
         return False

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 
 from lastgood._events import logger
-from lastgood._threads import is_ending
+from lastgood._threads import start_daemon
 
 
 class Housekeeping:
@@ -22,14 +22,7 @@ class Housekeeping:
         """Do it later; or at once, where the interpreter is ending and starts no threads any more."""
         with self._lock:
             if self._thread is None:
-                thread = threading.Thread(target=self._work, name="lastgood-housekeeping", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError as error:
-                    if not is_ending(error):
-                        raise
-                else:
-                    self._thread = thread
+                self._thread = start_daemon(self._work, name="lastgood-housekeeping")
             if self._thread is not None:
                 self._waiting += 1
                 self._jobs.put(job)

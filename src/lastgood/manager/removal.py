@@ -58,12 +58,13 @@ def prune(
 
     def is_gone(entry: Entry) -> bool:
         try:
-            if dry_run or remove_checkpoint(storage, entry):
-                return True
-            skipped.append((entry, "somebody is writing it, or has written it anew"))
+            gone = not storage.has_writers(entry.path) if dry_run else remove_checkpoint(storage, entry)
         except StorageError as error:
             skipped.append((entry, str(error)))
-        return False
+            return False
+        if not gone:
+            skipped.append((entry, "somebody is writing it, or has written it anew"))
+        return gone
 
     removed = tuple(verdict for verdict in decision.remove if is_gone(verdict.entry))
     cleared = tuple(entry for entry in abandoned if is_gone(entry))
@@ -104,6 +105,8 @@ def remove_checkpoint(storage: StorageBackend, entry: Entry) -> bool:
     """
     names = storage.list(entry.path)
     ranks = sorted(rank for name in names if (rank := rank_of(name)) is not None)
+    if storage.has_writers(entry.path):  # asked before our own locks are among those that are held
+        return False
     with ExitStack() as held:
         if MANIFEST_NAME not in names:
             # A checkpoint process may still be writing there, of a trainer that is long dead.
@@ -112,7 +115,7 @@ def remove_checkpoint(storage: StorageBackend, entry: Entry) -> bool:
                 if lock is None:
                     return False
                 held.callback(lock.release)
-        if storage.has_writers(entry.path) or not _is_the_same(storage, entry):
+        if not _is_the_same(storage, entry):
             return False
         # Without its commit record (for one rank, its file) it is no checkpoint any more, whatever comes next.
         if MANIFEST_NAME in names:

@@ -92,8 +92,6 @@ class Restoring:
         for passed in resumed.passed_over:
             if passed.is_damaged:
                 self._set_damaged_aside(passed)
-        if resumed.step is not None:
-            self._books.resumed(resumed.step)
         self._books.note(
             RestoreRecord(time=time.time(), step=resumed.step, seconds=seconds, passed_over=resumed.problems())
         )

@@ -5,6 +5,7 @@ the last ones may be missing, and the very last may be cut short.
 """
 
 import os
+from collections.abc import Iterable
 from contextlib import closing
 from typing import Any, TypeAlias
 
@@ -103,6 +104,20 @@ class SetAsideRecord(_Record, frozen=True, kw_only=True, tag="set aside"):
 Record: TypeAlias = RunRecord | SaveRecord | RestoreRecord | RemoveRecord | SetAsideRecord
 
 _decoder = msgspec.json.Decoder(Record)
+
+
+def protected_by(records: Iterable[Record], *, saved: str = "the last that was saved") -> dict[int, str]:
+    """The checkpoint that a run with this log stands on, and why: retention leaves it alone.
+
+    After a return to an earlier step it is not that of the highest step. ``saved`` says why of one that was saved.
+    """
+    protected: dict[int, str] = {}
+    for record in records:
+        if isinstance(record, RestoreRecord) and record.step is not None:
+            protected = {record.step: "the run resumed from it"}
+        elif isinstance(record, SaveRecord) and record.outcome == "durable":
+            protected = {record.step: saved}
+    return protected
 
 
 def append_record(storage: StorageBackend, root: str, record: Record) -> bool:

@@ -4,7 +4,7 @@ import errno
 import os
 
 from lastgood.storage._durable_write import clear_abandoned, is_temporary, sync_directory
-from lastgood.storage._file_lock import clear_free_lock, is_lock
+from lastgood.storage._file_lock import clear_free_lock, is_held, is_lock
 from lastgood.storage.file_ops import NOT_SUPPORTED, FileOps
 
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
@@ -30,26 +30,14 @@ def rename_directory(ops: FileOps, source: str, target: str) -> None:
             raise
 
 
-def writes_are_under_way(ops: FileOps, directory: str) -> bool:
-    """Whether there is a temporary whose writer lives: it holds the lock of that file until it is published."""
+def is_written_in(ops: FileOps, directory: str) -> bool:
+    """Whether there is a temporary whose writer lives, or a lock that somebody holds."""
     try:
         entries = ops.list_directory(directory)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return any(_is_held(ops, os.path.join(directory, name)) for name in entries if is_temporary(name))
-
-
-def _is_held(ops: FileOps, path: str) -> bool:
-    try:
-        descriptor = ops.open_write(path)
-    except OSError:
-        return False  # published or dropped at this moment
-    try:
-        return not ops.lock(descriptor)
-    except OSError:
-        return False
-    finally:
-        ops.close(descriptor)
+    traces = [name for name in entries if is_temporary(name) or is_lock(name)]
+    return any(is_held(ops, os.path.join(directory, name)) for name in traces)
 
 
 def remove_if_empty(ops: FileOps, directory: str) -> bool:

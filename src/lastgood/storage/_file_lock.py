@@ -72,6 +72,23 @@ def try_file_lock(ops: FileOps, path: str) -> FileLock | None:
     return None  # others go on taking it
 
 
+def is_held(ops: FileOps, name: str) -> bool | None:
+    """Whether a living process holds the lock of this file; ``None`` where that cannot be told.
+
+    The kernel frees a lock when its holder dies, so whoever can take it knows that nobody has it.
+    """
+    try:
+        descriptor = ops.open_write(name)
+    except OSError:
+        return None
+    try:
+        return not ops.lock(descriptor)
+    except OSError:
+        return None
+    finally:
+        ops.close(descriptor)
+
+
 def clear_free_lock(ops: FileOps, name: str) -> None:
     """Remove the file of a lock that nobody holds. What cannot be told or removed stays, in silence."""
     try:

@@ -112,7 +112,10 @@ class StorageBackend(Protocol):
         """
 
     def has_writers(self, path: str) -> bool:
-        """Whether a living writer has a file in this directory that is not published yet. False where none can tell."""
+        """Whether somebody alive writes in this directory: has a file that is not published yet, or holds a lock.
+
+        False where that cannot be told.
+        """
 
     def delete_directory(self, path: str) -> bool:
         """Remove a directory durably if nothing is in it but what dead writers have left; returns whether it is gone.

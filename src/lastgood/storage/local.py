@@ -4,7 +4,7 @@ import contextlib
 import os
 
 from lastgood.errors import ConfigError
-from lastgood.storage._directories import remove_if_empty, rename_directory, writes_are_under_way
+from lastgood.storage._directories import is_written_in, remove_if_empty, rename_directory
 from lastgood.storage._durable_write import (
     DurableWrite,
     begin_durable_write,
@@ -128,7 +128,7 @@ class LocalStorage:
     def has_writers(self, path: str) -> bool:
         absolute = _absolute(path)
         with translated("listing", path, phase="list", safe=UNCHANGED):
-            return writes_are_under_way(self._ops, absolute)
+            return is_written_in(self._ops, absolute)
 
     def delete_directory(self, path: str) -> bool:
         absolute = _absolute(path)

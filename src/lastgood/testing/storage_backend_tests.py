@@ -386,6 +386,18 @@ class StorageBackendTests:
         lock.release()
         assert self.storage.delete_directory(self.path("directory"))
 
+    def test_whoever_writes_or_holds_a_lock_in_a_directory_is_seen_until_that_is_over(self) -> None:
+        directory = self.path("directory")
+        assert not self.storage.has_writers(directory)
+        write = self.storage.begin(self.path("directory/file"), 3)
+        assert self.storage.has_writers(directory)
+        write.abort()
+        lock = self.storage.try_lock(self.path("directory/file"))
+        assert lock is not None
+        assert self.storage.has_writers(directory)
+        lock.release()
+        assert not self.storage.has_writers(directory)
+
     def test_delete(self) -> None:
         self.storage.put(self.path("file"), b"1")
         self.storage.put(self.path("other"), b"2")

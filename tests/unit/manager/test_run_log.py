@@ -16,6 +16,7 @@ from lastgood.manager.run_log import (
     StepReasons,
     append_record,
     end_torn_line,
+    protected_by,
     read_run_log,
 )
 from lastgood.storage.local import LocalStorage
@@ -87,3 +88,14 @@ def test_a_saves_numbers_have_names_for_a_metrics_system() -> None:
         "checkpoint/failures_in_a_row": 2.0,
         "checkpoint/phase_wait_for_slot_secs": 0.125,
     }
+
+
+def test_a_run_stands_on_what_it_saved_or_resumed_from_last() -> None:
+    saved = SaveRecord(time=3.0, step=40, outcome="durable", stall_secs=0.1)
+    failed = SaveRecord(time=3.0, step=50, outcome="failed", stall_secs=0.1)
+    resumed = RestoreRecord(time=2.0, step=30, seconds=0.1)
+    fresh = RestoreRecord(time=2.0, step=None, seconds=0.1)
+    assert protected_by([]) == {}
+    assert protected_by([fresh, failed]) == {}
+    assert protected_by([saved, resumed, failed, fresh]) == {30: "the run resumed from it"}
+    assert protected_by([resumed, saved, failed]) == {40: "the last that was saved"}

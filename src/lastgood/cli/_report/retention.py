@@ -7,7 +7,7 @@ from lastgood.cli._report.words import printable, rule_in_words
 from lastgood.errors import ConfigError
 from lastgood.manager.catalog import Catalog, Entry, is_set_aside
 from lastgood.manager.retention import Decision, RetentionRule, decide, rules_from_json
-from lastgood.manager.run_log import Record, RemoveRecord, RunRecord, SaveRecord, SetAsideRecord
+from lastgood.manager.run_log import Record, RemoveRecord, RunRecord, SaveRecord, SetAsideRecord, protected_by
 
 _MOST_REMOVED = 2_000
 _NO_RULES = "The run's log names no rules: no manager has noted any here. Nothing is removed without rules."
@@ -17,7 +17,9 @@ def retention_of(catalog: Catalog, records: Sequence[Record]) -> Retention:
     """The present catalog under the rules of the newest run, and what the log says of removals."""
     noted = next((record.rules for record in reversed(records) if isinstance(record, RunRecord)), None)
     rules, problem = _rules(noted)
-    decision = decide(catalog.entries, rules, protected=_saved_last(records)) if problem is None else None
+    decision = (
+        decide(catalog.entries, rules, protected=protected_by(records, saved="saved last")) if problem is None else None
+    )
     removed = _removed(records)
     return Retention(
         rules=[rule_in_words(rule) for rule in noted or ()],
@@ -37,12 +39,6 @@ def _rules(noted: Sequence[Mapping[str, object]] | None) -> tuple[list[Retention
         return rules_from_json(noted), None
     except ConfigError as error:
         return [], printable(str(error))
-
-
-def _saved_last(records: Sequence[Record]) -> dict[int, str]:
-    """After a return to an earlier step, what was saved last is not the highest step; it is protected all the same."""
-    saved = [record.step for record in records if isinstance(record, SaveRecord) and record.outcome == "durable"]
-    return {saved[-1]: "saved last"} if saved else {}
 
 
 def _row(entry: Entry, decision: Decision | None) -> CheckpointRow:
