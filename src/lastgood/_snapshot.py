@@ -31,8 +31,16 @@ class ImageDescription(msgspec.Struct, frozen=True):
     storage_sizes_offset: int
     index_body_offset: int
     index_body_size: int
+    replica_count: int
+    """How many replicas there are: their CRC-32s follow the index body, four bytes each, once the snapshot is whole."""
     image_capacity: int
     """How much room the finished image has, from the arena's first byte on."""
+
+
+def replica_checks_at(description: ImageDescription) -> tuple[int, int]:
+    """Where in an arena the checksums of replicas begin and end."""
+    start = description.index_body_offset + description.index_body_size
+    return start, start + 4 * description.replica_count
 
 
 def read_layout(memory: memoryview, description: ImageDescription) -> DataLayout:

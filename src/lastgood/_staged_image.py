@@ -1,10 +1,11 @@
 """The other end of a snapshot: an image in shared memory that its trainer is still filling, on its way to storage."""
 
+import array
 import threading
 import time
 
 from lastgood._image_writer import PIECE_SIZE, WRITER_THREADS, PieceWriters, write_file
-from lastgood._snapshot import ImageDescription, read_layout
+from lastgood._snapshot import ImageDescription, read_layout, replica_checks_at
 from lastgood.errors import StagingError
 from lastgood.format.image import DataLayout, Layout, lay_out_ending
 from lastgood.format.in_memory import finish
@@ -86,6 +87,14 @@ class StagedImage:
         """The index without the members that name the save."""
         start = self.description.index_body_offset
         return self._memory[start : start + self.description.index_body_size]
+
+    @property
+    def replica_checksums(self) -> "array.array[int]":
+        """The CRC-32s of what has to be the same on all ranks, by name; there once the snapshot is complete."""
+        start, end = replica_checks_at(self.description)
+        checksums = array.array("I")
+        checksums.frombytes(self._memory[start:end])
+        return checksums
 
     def layout(self, head: IndexHead) -> Layout:
         """Where everything stands in the file that this image becomes under ``head``."""

@@ -41,3 +41,16 @@ def version_of(tensor: torch.Tensor) -> int | None:
     optimizers, batch normalisation, ``.data``) are not counted either.
     """
     return None if tensor.is_inference() else tensor._version
+
+
+def root_mesh(mesh: Any) -> Any:
+    """The device mesh that this one is a part of, or the mesh itself.
+
+    Which other ranks hold replicas of a tensor on a part of a mesh can be seen from nothing public.
+    """
+    root = getattr(mesh, "_get_root_mesh", None)
+    if root is None:  # before torch 2.10
+        from torch.distributed.device_mesh import _mesh_resources
+
+        root = lambda: _mesh_resources.get_root_mesh(mesh)  # noqa: E731
+    return root() or mesh

@@ -29,6 +29,7 @@ from lastgood.format.index import (
     OrderedDictNode,
     ReferenceNode,
     SetNode,
+    ShardedNode,
     SizeNode,
     StorageEntry,
     TensorNode,
@@ -41,8 +42,11 @@ from lastgood.format.index import (
 )
 from lastgood.format.index_head import UNSAVED, IndexHead
 from lastgood.format.pickle_writer import place_opaque_values
+from lastgood.format.sharding import Mesh
 from lastgood.format.spec import DTYPES, MAX_INDEX_DEPTH
 from lastgood.format.stream import FileImage, make_image, native_byteorder
+from lastgood.sharding.dtensors import is_dtensor
+from lastgood.sharding.local_shards import LocalShards, replicas_by_name
 
 _DTYPES: dict[torch.dtype, tuple[str, int, bool]] = {
     getattr(torch, name): (name, info.itemsize, name.startswith("complex"))
@@ -71,6 +75,9 @@ class CapturedState:
     """The tensors that the index describes, each once."""
 
     has_opaque_values: bool
+
+    replicas: Sequence[torch.Tensor] = ()
+    """The tensors that were declared to be the same on all ranks, whole, in the order of their names."""
 
     def image(self, head: IndexHead) -> FileImage:
         """The file image of this state for one save."""
@@ -102,19 +109,21 @@ def _capture(state: Any) -> CapturedState:
                 node.offset - starts[node.storage] // DTYPES[node.dtype].itemsize if 0 not in node.shape else 0
             )
     bodies = walker.opaque_bodies()
-    index = _make_index(root, [use.entry() for use in uses])
+    index = _make_index(root, [use.entry() for use in uses], list(walker.meshes))
     pickle_bytes = place_opaque_values(index, bodies, [node for node, _, _ in walker.opaque])
     index.pickle_size = len(pickle_bytes)
-    return CapturedState(index, pickle_bytes, list(uses), walker.tensors, bool(walker.opaque))
+    replicas = replicas_by_name(walker.replicas)
+    return CapturedState(index, pickle_bytes, list(uses), walker.tensors, bool(walker.opaque), replicas)
 
 
-def _make_index(root: Node, storages: list[StorageEntry]) -> Index:
+def _make_index(root: Node, storages: list[StorageEntry], meshes: list[Mesh]) -> Index:
     """An index that belongs to no save yet."""
     return Index(
         **msgspec.structs.asdict(UNSAVED),
         byteorder=native_byteorder(),
         pickle_size=0,
         storages=storages,
+        meshes=meshes,
         root=root,
     )
 
@@ -136,7 +145,7 @@ def describe_loaded(value: Any) -> DescribedValue:
     """Describe a value so that parts of it can be picked; its storages are whole, and nothing is pickled."""
     walker = _Walker(pickling=False)
     root = walker.describe(value, "", 0)
-    index = _make_index(root, [use.entry() for use in walker.uses])
+    index = _make_index(root, [use.entry() for use in walker.uses], [])
     opaque = {id(node): opaque_value for node, opaque_value, _ in walker.opaque}
     return DescribedValue(index, [use.storage for use in walker.uses], opaque)
 
@@ -147,6 +156,9 @@ class _Walker:
     def __init__(self, *, pickling: bool = True) -> None:
         self.uses = StorageUses()
         self.tensors: list[tuple[torch.Tensor, TensorNode]] = []
+        self.meshes: dict[Mesh, int] = {}
+        self._mesh_numbers: dict[int, int] = {}
+        self.replicas: list[LocalShards] = []
         self._numbers: dict[int, int] = {}
         self._tuples: set[int] = set()
         self._repeats = 0
@@ -161,6 +173,8 @@ class _Walker:
             return self._describe_tensor(value, path)
         if kind in _SCALARS and kind is not bytearray:
             return scalar_node(value)
+        if kind is LocalShards:
+            return self._describe_shards(value, path)
         number = self._numbers.get(id(value))
         if number is not None:
             return ReferenceNode(number)
@@ -175,6 +189,33 @@ class _Walker:
         if kind is torch.device:
             return DeviceNode(value.type, value.index)
         return self.describe_opaque(value, path)
+
+    def _describe_shards(self, value: LocalShards, path: str) -> Node:
+        description = value.description
+        dtype = _DTYPES.get(description.dtype)
+        if dtype is None:
+            raise UnsupportedStateError(
+                f"the tensor at key {path!r} is spread over ranks and has dtype {description.dtype}, which only a "
+                "pickle describes; nothing was written. Gather it before saving.",
+                tensor=path,
+            )
+        if value.replica is not None:
+            self.replicas.append(value)
+        return ShardedNode(
+            mesh=self._mesh_number(description.mesh),
+            placements=description.placements,
+            dtype=dtype[0],
+            shape=description.shape,
+            flags=description.flags,
+            offsets=[piece.box.offsets for piece in description.pieces],
+            items=[self._describe_tensor(part, path) for part in value.tensors],
+        )
+
+    def _mesh_number(self, mesh: Mesh) -> int:
+        known = self._mesh_numbers.get(id(mesh))
+        if known is None:  # hashing one looks at every rank in it
+            known = self._mesh_numbers[id(mesh)] = self.meshes.setdefault(mesh, len(self.meshes))
+        return known
 
     def _describe_container(self, value: Any, path: str, depth: int) -> Node:
         kind = type(value)
@@ -273,6 +314,12 @@ class _Walker:
 
     def describe_opaque(self, value: Any, path: str) -> Node:
         """A value that goes into the pickle as Python's own pickler writes it."""
+        if self._pickling and is_dtensor(value):
+            raise UnsupportedStateError(
+                f"the tensor at key {path!r} is a DTensor, of which this rank has a part; nothing was written. Save it "
+                "by a checkpointer that is made on all ranks of its mesh, or gather it first (tensor.full_tensor()).",
+                tensor=path,
+            )
         node = OpaqueNode(0, 0, 0, (), type_name(value))
         if self._pickling:
             self._pickler.rehearse(value, path)

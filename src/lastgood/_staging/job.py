@@ -1,5 +1,6 @@
 """One snapshot being staged: what is copied at once, what is copied in the background, and what is checked then."""
 
+import array
 import itertools
 import threading
 from collections import deque
@@ -10,7 +11,7 @@ import msgspec
 import torch
 
 from lastgood._memory import address_of, copy_memory, memory_at
-from lastgood._snapshot import Placement, Snapshot
+from lastgood._snapshot import Placement, Snapshot, replica_checks_at
 from lastgood._staging.arena import Arena
 from lastgood._staging.device_copies import DeviceCopies, runtime_of
 from lastgood._staging.plan import NOTHING, Planner, Selection, Taken, arena_size
@@ -19,6 +20,7 @@ from lastgood._threads import run_all
 from lastgood.errors import SaveTimeoutError, StagingError
 from lastgood.format.image import lay_out_data
 from lastgood.format.in_memory import lay_down
+from lastgood.sharding.checksums import checksum
 from lastgood.types import STATE_DICT
 
 PIECE_SIZE = 8 << 20
@@ -151,6 +153,30 @@ class StagingJob:
         for number, target in zip(self._late_small.numbers, targets, strict=True):
             self._witnesses.check(number, target)
         self._copy_large(self._taken.plan.large)
+        self._check_replicas()
+
+    def _check_replicas(self) -> None:
+        """Leave the checksums of what other ranks write in the arena, for them to be compared."""
+        replicas = self._taken.replicas
+        if not replicas:
+            return
+        assert self.arena is not None  # run() has checked
+        start, end = replica_checks_at(self._taken.plan.describe())
+        checksums = array.array("I", [0]) * len(replicas)
+
+        def timed_out() -> StagingError:
+            return StagingError(
+                f"the tensors that are the same on all ranks were not checked within {self._options.timeout_secs:g} s "
+                "each; the snapshot was given up. Is the machine swapping?",
+                phase="stage",
+            )
+
+        def check(task: tuple[int, torch.Tensor]) -> None:
+            number, tensor = task
+            checksums[number] = checksum(tensor)
+
+        run_all(list(enumerate(replicas)), check, COPY_THREADS, self._options.timeout_secs, timed_out, name="stage")
+        self.arena.memory(start, end - start)[:] = checksums.tobytes()
 
     def _copy_large(self, numbers: list[int]) -> None:
         plan, path = self._taken.plan, "the snapshot"
@@ -250,7 +276,8 @@ def lay_out(arena: Arena, taken: Taken) -> Placement:
             layout = plan.layout()
             lay_down(memory[: layout.end], layout, plan.pickle_bytes(), description.byteorder)
         memory[description.storage_sizes_offset : description.index_body_offset] = plan.storage_sizes()
-        memory[description.index_body_offset :] = plan.index_body()
+        body_end = description.index_body_offset + description.index_body_size
+        memory[description.index_body_offset : body_end] = plan.index_body()
         arena.content = plan.content
         plan.forget_contents()
     return Placement(arena.descriptor, arena.number, arena.size, description)
@@ -264,6 +291,7 @@ def _storage_addresses(taken: Taken, numbers: list[int]) -> set[int] | None:
         if not tensors:
             return None
         found.add(tensors[0].untyped_storage().data_ptr())
+    found.update(replica.untyped_storage().data_ptr() for replica in taken.replicas)
     return found
 
 

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from lastgood._memory import paused_garbage_collection
-from lastgood._snapshot import ImageDescription
+from lastgood._snapshot import ImageDescription, replica_checks_at
 from lastgood._staging.structure import Leaves, Structure, plain_bytes, structure_of
 from lastgood._staging.tensor_facts import TensorFacts, facts_of, pointers_of
 from lastgood._storage_uses import bytes_of
@@ -21,6 +21,7 @@ from lastgood.format.index import Index, scalar_node
 from lastgood.format.index_head import LARGEST_HEAD, encode_body
 from lastgood.format.pickle_writer import PickleTemplate, encode_template
 from lastgood.format.spec import PAGE, PAGE_ALIGNED_FROM
+from lastgood.sharding.local_shards import replicas_by_name
 from lastgood.storage._direct_io import round_up
 
 _CHECKED_AT_ONCE = 20_000
@@ -85,6 +86,7 @@ class Plan:
         self.late_small = Selection(small[count:], self.sizes)
         self.large = [number for number, size in enumerate(self.sizes) if size >= PAGE_ALIGNED_FROM]
         self._has_opaque_values = captured.has_opaque_values
+        self._replica_count = len(captured.replicas)
         self._template: PickleTemplate | None = None
         self._pickle_bytes: bytes | None = captured.pickle_bytes
         self._body: bytes | None = None
@@ -171,6 +173,7 @@ class Plan:
                 storage_sizes_offset=capacity,
                 index_body_offset=capacity + 8 * len(self.sizes),
                 index_body_size=body_size,
+                replica_count=self._replica_count,
                 image_capacity=capacity,
             )
         return self._description
@@ -178,7 +181,7 @@ class Plan:
 
 def arena_size(description: ImageDescription) -> int:
     """How large an arena the image needs with what stands beside it."""
-    return description.index_body_offset + description.index_body_size
+    return replica_checks_at(description)[1]
 
 
 class Taken(msgspec.Struct):
@@ -187,7 +190,7 @@ class Taken(msgspec.Struct):
     ``addresses`` has an entry for each storage; that of a storage on a device is 0, and ``device_parts`` has its
     bytes as a tensor. ``tensors`` are those that stand on each large storage. ``owners`` keep the memory alive.
     ``storages`` are those that are copied late. ``unchecked`` is what remains to be compared with the plan before the
-    snapshot may be published.
+    snapshot may be published. ``replicas`` are tensors of which only the checksum is wanted.
     """
 
     plan: Plan
@@ -197,6 +200,7 @@ class Taken(msgspec.Struct):
     storages: dict[int, torch.UntypedStorage]
     owners: Any
     unchecked: "Sequence[torch.Tensor] | None" = None
+    replicas: Sequence[torch.Tensor] = ()
 
 
 class Planner:
@@ -248,7 +252,7 @@ def _taken_from(plan: Plan, captured: CapturedState) -> Taken:
     addresses = [use.storage.data_ptr() + use.start if use.on_cpu and use.nbytes else 0 for use in captured.extents]
     parts = {use.number: use.device_bytes() for use in captured.extents if not use.on_cpu and use.nbytes}
     storages = {use.number: use.storage for use in captured.extents if use.number in large}
-    return Taken(plan, addresses, parts, tensors, storages, captured)
+    return Taken(plan, addresses, parts, tensors, storages, captured, replicas=captured.replicas)
 
 
 class _Matchable:
@@ -326,7 +330,9 @@ class _Matchable:
         self._exchange(leaves.plain)
         # A tensor may let go of its storage while that is read: `x.data = y` does.
         storages = {number: tensors[self._spans[number].tensor].untyped_storage() for number in watched}
-        return Taken(self._plan, addresses, parts, watched, storages, tensors, unchecked)
+        return Taken(
+            self._plan, addresses, parts, watched, storages, tensors, unchecked, replicas_by_name(leaves.replicas)
+        )
 
     def _can_be_read(self, tensors: list[torch.Tensor], starts: list[int]) -> bool:
         """Whether there is memory wherever tensors are read that are compared with the plan only later."""

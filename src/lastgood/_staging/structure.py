@@ -21,9 +21,11 @@ from lastgood.format.index import (
     OrderedDictNode,
     ReferenceNode,
     SetNode,
+    ShardedNode,
     TensorNode,
     TupleNode,
 )
+from lastgood.sharding.local_shards import LocalShards, ShardDescription
 
 _TENSOR_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_TYPES = frozenset({type(None), bool, int, float, str})
@@ -51,6 +53,7 @@ class _Container(msgspec.Struct, gc=False):
     fixed: list[int]
     inside: list[tuple[int, "_Container"]]
     attributes: "_Container | None"
+    shards: list[tuple[int, ShardDescription]]
 
 
 class _Place(msgspec.Struct, frozen=True, gc=False):
@@ -69,6 +72,7 @@ class Leaves:
         self.tensors: list[torch.Tensor] = []
         self.plain: list[Any] = []
         self.fixed: list[Any] = []
+        self.replicas: list[LocalShards] = []
         self.containers: list[int] = []
 
 
@@ -147,14 +151,18 @@ class _Taker:
         key_types = list(map(type, keys or ()))
         if not _KEY_TYPES.issuperset(key_types) or isinstance(node, (SetNode, ReferenceNode)):
             raise _UnmatchableError
-        container = _Container(kind, keys, key_types, list(map(type, items)), False, [], [], [], [], None)
+        container = _Container(kind, keys, key_types, list(map(type, items)), False, [], [], [], [], None, [])
         tensor_nodes: list[TensorNode] = []
+        parts_of_shards: list[TensorNode] = []
         places: list[_Place] = []
         below: list[tuple[list[TensorNode], list[_Place]]] = []
         for position, (item, inner) in enumerate(zip(items, _children(node), strict=True)):
             if isinstance(inner, (TensorNode, ReferenceNode)) and type(item) in _TENSOR_TYPES:
                 container.tensors.append(position)
                 tensor_nodes.append(self._tensor_node(item, inner))
+            elif isinstance(inner, ShardedNode) and type(item) is LocalShards:
+                container.shards.append((position, item.description))
+                parts_of_shards += self._part_nodes(item, inner)
             elif type(item) in _PLAIN_TYPES:
                 container.plain.append(position)
                 key = keys[position] if isinstance(node, DictNode) and keys is not None else position
@@ -172,10 +180,18 @@ class _Taker:
             container.attributes = taken
             below.append((nodes_below, places_below))
         container.all_tensors = len(container.tensors) == len(items)
+        tensor_nodes += parts_of_shards
         for more_nodes, more_places in below:
             tensor_nodes += more_nodes
             places += more_places
         return container, tensor_nodes, places
+
+    def _part_nodes(self, shards: LocalShards, node: ShardedNode) -> list[TensorNode]:
+        return [
+            self._tensor_node(part, part_node)
+            for part, part_node in zip(shards.tensors, node.items, strict=True)
+            if isinstance(part_node, (TensorNode, ReferenceNode))
+        ]
 
     def _tensor_node(self, tensor: torch.Tensor, node: TensorNode | ReferenceNode) -> TensorNode:
         if isinstance(node, TensorNode):
@@ -213,9 +229,22 @@ def _match(container: _Container, value: Any, leaves: Leaves) -> bool:
         leaves.tensors += [items[position] for position in container.tensors]
         leaves.plain += [items[position] for position in container.plain]
         leaves.fixed += [items[position] for position in container.fixed]
+    for position, description in container.shards:
+        if not _match_shards(description, items[position], leaves):
+            return False
     if not all(_match(inner, items[position], leaves) for position, inner in container.inside):
         return False
     attributes = value.__dict__ if container.kind is OrderedDict else None
     if container.attributes is None:
         return not attributes
     return _match(container.attributes, attributes, leaves)
+
+
+def _match_shards(description: ShardDescription, shards: LocalShards, leaves: Leaves) -> bool:
+    # Most often the very same: whoever divides states remembers how.
+    if shards.description is not description and shards.description != description:
+        return False
+    leaves.tensors += shards.tensors
+    if shards.replica is not None:
+        leaves.replicas.append(shards)
+    return True

@@ -15,6 +15,7 @@ from lastgood.errors import (
     StorageError,
     UncommittedCheckpointError,
 )
+from lastgood.format.epoch import wait_for_lock
 from lastgood.format.identity import read_identity
 from lastgood.format.manifest import (
     MANIFEST_VERSION,
@@ -88,20 +89,17 @@ def lock_for_writing(storage: StorageBackend, path: str, rank: int, timeout_secs
     for later lands later. Raises :class:`~lastgood.errors.StorageError` after ``timeout_secs``.
     """
     name = checkpoint_file(path, rank)
-    deadline = time.monotonic() + timeout_secs
-    pause = 0.001
-    while (lock := storage.try_lock(name)) is None:
-        if time.monotonic() > deadline:
-            raise StorageError(
-                f"another process has been writing {name} for {timeout_secs:g} s and goes on; nothing was written by "
-                "this one, and what is there is untouched. Is a job from before a restart still running?",
-                path=path,
-                rank=rank,
-                phase="lock",
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_SECS)
-    return lock
+
+    def timed_out() -> StorageError:
+        return StorageError(
+            f"another process has been writing {name} for {timeout_secs:g} s and goes on; nothing was written by "
+            "this one, and what is there is untouched. Is a job from before a restart still running?",
+            path=path,
+            rank=rank,
+            phase="lock",
+        )
+
+    return wait_for_lock(storage, name, timeout_secs, timed_out)
 
 
 def publish_manifest(storage: StorageBackend, path: str, world_size: int, save_id: str) -> None:

@@ -9,13 +9,12 @@ import itertools
 import math
 import struct
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
+from lastgood.format.sharding import Box, Count, Layout, Mesh, check_mesh, parse_placement, whole
 from lastgood.format.spec import DTYPES, FORMAT_VERSION, MAX_INDEX_DEPTH, UNTYPED
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _NodeStruct(msgspec.Struct, array_like=True, tag_field="kind", forbid_unknown_fields=True, gc=False):
@@ -64,6 +63,23 @@ class ListNode(_NodeStruct, tag="list"):
 class TupleNode(_NodeStruct, tag="tuple"):
     """A tuple."""
 
+    items: "list[Node]"
+
+
+class ShardedNode(_NodeStruct, tag="sharded"):
+    """A tensor that is spread over ranks, and the parts of it that are in this file.
+
+    ``mesh`` numbers the index's meshes, ``placements`` are spelt as in :mod:`lastgood.format.sharding`. The part
+    ``items[n]`` begins at ``offsets[n]`` of the whole tensor of this ``shape``, in elements. The flags are those of
+    :class:`TensorNode`. To whoever reads the pickle it is a tuple of the parts.
+    """
+
+    mesh: Count
+    placements: tuple[str, ...]
+    dtype: str
+    shape: tuple[Count, ...]
+    flags: str
+    offsets: list[tuple[Count, ...]]
     items: "list[Node]"
 
 
@@ -162,6 +178,7 @@ Node: TypeAlias = (
     | OrderedDictNode
     | ListNode
     | TupleNode
+    | ShardedNode
     | SetNode
     | SizeNode
     | IntNode
@@ -184,7 +201,7 @@ _FLAGS = frozenset("".join(letters) for count in range(5) for letters in itertoo
 _FLOAT_SIZES: dict[type, int] = {FloatNode: 8, ComplexNode: 16}
 
 
-CONTAINERS = (DictNode, MapNode, OrderedDictNode, ListNode, TupleNode, SetNode)
+CONTAINERS = (DictNode, MapNode, OrderedDictNode, ListNode, TupleNode, ShardedNode, SetNode)
 
 
 class StorageEntry(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -213,6 +230,7 @@ class Index(msgspec.Struct, forbid_unknown_fields=True):
     byteorder: str
     pickle_size: Count
     storages: list[StorageEntry]
+    meshes: list[Mesh]
     root: Node
 
 
@@ -246,6 +264,11 @@ def decode_index(data: bytes | memoryview) -> Index:
     for entry in index.storages:
         if entry.dtype != UNTYPED and entry.dtype in DTYPES and entry.nbytes % DTYPES[entry.dtype].itemsize:
             raise InvalidIndexError(f"a storage of {entry.nbytes} bytes cannot hold whole {entry.dtype} elements")
+    try:
+        for mesh in index.meshes:
+            check_mesh(mesh)
+    except ValueError as error:
+        raise InvalidIndexError(str(error)) from error
     _check_nodes(index)
     return index
 
@@ -262,6 +285,8 @@ def _check_nodes(index: Index) -> None:
             raise InvalidIndexError(f"nested more than {MAX_INDEX_DEPTH} deep")
         if isinstance(node, ReferenceNode) and node.number >= numbered:
             raise InvalidIndexError(f"a reference to object {node.number} before it was described")
+        if isinstance(node, ShardedNode):
+            _check_sharded(node, index.meshes)
         if isinstance(node, OpaqueNode):
             if not 0 < node.length <= index.pickle_size - node.start or node.memo_size > node.length:
                 raise InvalidIndexError("an opaque value outside data.pkl")
@@ -291,6 +316,36 @@ def _check_tensor(node: TensorNode, storages: list[StorageEntry]) -> None:
         raise InvalidIndexError(f"a tensor that reaches beyond its storage of {entry.nbytes} bytes")
 
 
+def _check_sharded(node: ShardedNode, meshes: list[Mesh]) -> None:
+    """Raise :class:`InvalidIndexError` unless the parts are parts of what the node says."""
+    if node.mesh >= len(meshes):
+        raise InvalidIndexError(f"a tensor on mesh {node.mesh} of {len(meshes)}")
+    try:
+        layout_of(node, meshes, "")
+    except ValueError as error:
+        raise InvalidIndexError(str(error)) from error
+    if node.flags not in _FLAGS:
+        raise InvalidIndexError(f"a tensor with the flags {node.flags!r}")
+    if len(node.offsets) != len(node.items):
+        raise InvalidIndexError(f"{len(node.items)} parts of a tensor at {len(node.offsets)} places")
+    everything = whole(node.shape)
+    for offsets, part in zip(node.offsets, node.items, strict=True):
+        if not isinstance(part, TensorNode) or part.dtype != node.dtype:
+            raise InvalidIndexError(f"a part of a {node.dtype} tensor that is no tensor of this kind")
+        box = Box(offsets, part.shape)
+        if len(offsets) != len(part.shape) or len(part.shape) != len(node.shape) or box.intersection(everything) != box:
+            raise InvalidIndexError(f"a part of shape {part.shape} at {offsets} of a tensor of shape {node.shape}")
+
+
+def layout_of(node: ShardedNode, meshes: list[Mesh], name: str) -> Layout:
+    """How the tensor of this node, which stands under the key path ``name``, is spread; ``ValueError`` if it cannot."""
+    dtype = DTYPES.get(node.dtype)
+    if dtype is None:
+        raise ValueError(f"a tensor of unknown dtype {node.dtype!r}")
+    placements = tuple([parse_placement(text) for text in node.placements])
+    return Layout(name, dtype.itemsize, node.shape, meshes[node.mesh], placements)
+
+
 @functools.lru_cache(maxsize=4096)
 def element_span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from the first to the last one used, both included; 0 for an empty tensor."""
@@ -312,7 +367,7 @@ def children(node: Node) -> Iterator[Node]:
             yield value
         if isinstance(node, OrderedDictNode):
             yield from node.attributes.values()
-    elif isinstance(node, (ListNode, TupleNode, SetNode)):
+    elif isinstance(node, (ListNode, TupleNode, ShardedNode, SetNode)):
         yield from node.items
 
 
@@ -350,7 +405,7 @@ def keyed_children(node: Node) -> Iterator[tuple[Any, Node]]:
     elif isinstance(node, (MapNode, OrderedDictNode)):
         for key, value in node.items:
             yield (key if isinstance(key, (str, int, float, bool)) else repr(key)), value
-    elif isinstance(node, (ListNode, TupleNode, SetNode)):
+    elif isinstance(node, (ListNode, TupleNode, ShardedNode, SetNode)):
         yield from ((list_position(number), value) for number, value in enumerate(node.items))
 
 

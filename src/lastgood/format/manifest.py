@@ -1,12 +1,14 @@
 """The names inside a checkpoint's directory, and the manifest: the commit record of several ranks."""
 
+import itertools
 import os
 import re
 from typing import Annotated
 
 import msgspec
 
-from lastgood.format.spec import crc32
+from lastgood.format.sharding import Count, Layout, Mesh, check_mesh, parse_placement
+from lastgood.format.spec import DTYPES, crc32
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -40,13 +42,40 @@ class ManifestFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     save_id: str
 
 
+class ShardedTensor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A tensor that is spread over ranks: its key path, and how; ``mesh`` numbers the manifest's meshes.
+
+    With the rules of :mod:`lastgood.format.sharding` this says which file holds which part of it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Count, ...]
+    mesh: Count
+    placements: tuple[str, ...]
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All files of one checkpoint, by rank."""
+    """All files of one checkpoint, by rank, and the tensors that are spread over them, by name.
+
+    ``differing`` lists those groups of other values (see :func:`~lastgood.format.vote.group_of`) that are not the same
+    on all ranks.
+    """
 
     manifest_version: int
     save_id: str
     world_size: Annotated[int, msgspec.Meta(ge=1)]
     files: list[ManifestFile]
+    meshes: list[Mesh] = []
+    tensors: list[ShardedTensor] = []
+    differing: list[Count] = []
+
+    def layout(self, tensor: ShardedTensor) -> Layout:
+        """How one of the tensors is spread; raises ``ValueError`` if that cannot be."""
+        if tensor.mesh >= len(self.meshes) or tensor.dtype not in DTYPES:
+            raise ValueError(f"the tensor {tensor.name!r} of dtype {tensor.dtype} on mesh {tensor.mesh}")
+        placements = tuple([parse_placement(text) for text in tensor.placements])
+        return Layout(tensor.name, DTYPES[tensor.dtype].itemsize, tensor.shape, self.meshes[tensor.mesh], placements)
 
 
 class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
@@ -83,4 +112,20 @@ def decode_manifest(data: bytes) -> Manifest:
         raise InvalidManifestError("its files are not one a rank")
     if any("/" in file.name or file.name in ("", ".", "..") for file in manifest.files):
         raise InvalidManifestError("it names a file outside its directory")
+    _check_tensors(manifest)
     return manifest
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    names = [tensor.name for tensor in manifest.tensors]
+    if any(first >= second for first, second in itertools.pairwise(names)):
+        raise InvalidManifestError("its tensors are not in the order of their names")
+    try:
+        for mesh in manifest.meshes:
+            check_mesh(mesh)
+        for tensor in manifest.tensors:
+            manifest.layout(tensor)
+    except ValueError as error:
+        raise InvalidManifestError(str(error)) from error
+    if any(rank >= manifest.world_size for mesh in manifest.meshes for rank in mesh.ranks):
+        raise InvalidManifestError("a mesh of it has more ranks than there are files")

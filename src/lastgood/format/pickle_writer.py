@@ -29,6 +29,7 @@ from lastgood.format.index import (
     OrderedDictNode,
     ReferenceNode,
     SetNode,
+    ShardedNode,
     SizeNode,
     StorageEntry,
     TensorNode,
@@ -142,7 +143,7 @@ class _PickleWriter:
             return
         if isinstance(node, NUMBERED):
             self._emit_container(node)
-        elif isinstance(node, TupleNode):
+        elif isinstance(node, (TupleNode, ShardedNode)):
             self._emit_tuple(node)
         elif isinstance(node, OpaqueNode):
             self._emit_opaque(node)
@@ -212,7 +213,7 @@ class _PickleWriter:
                 self.emit(value)
         parts.append(pickle.SETITEMS)
 
-    def _emit_tuple(self, node: TupleNode) -> None:
+    def _emit_tuple(self, node: TupleNode | ShardedNode) -> None:
         length = len(node.items)
         if length > 3:
             self.parts.append(pickle.MARK)
