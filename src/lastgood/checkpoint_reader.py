@@ -1,15 +1,29 @@
 """Reading checkpoints: one rank's file, after making sure that its save was committed."""
 
+import contextlib
+import os
 from typing import Any
 
+from lastgood import _events
+from lastgood._loading.checkpoint import Options, load_checkpoint
 from lastgood._loading.file import load_file
 from lastgood._loading.merge import CheckKeys
-from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS
+from lastgood._loading.per_rank import PerRankRules
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data
 from lastgood._loading.values import MapLocation
-from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError, UncommittedCheckpointError
-from lastgood.format.archive import Archive
+from lastgood._memory import paused_garbage_collection
+from lastgood._threads import call_with_timeout
+from lastgood.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    StorageError,
+    UncommittedCheckpointError,
+)
+from lastgood.format.archive import Archive, open_archive
 from lastgood.format.commit import read_manifest
-from lastgood.format.manifest import Manifest, checkpoint_file, manifest_file
+from lastgood.format.identity import read_identity
+from lastgood.format.manifest import MANIFEST_VERSION, Manifest, ManifestFile, checkpoint_file, manifest_file
 from lastgood.format.spec import crc32
 from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend
@@ -36,9 +50,10 @@ class CheckpointReader:
         mmap: bool = False,
         allow_uncommitted: bool = False,
         check_keys: CheckKeys | None = None,
+        per_rank: PerRankRules | None = None,
         **kwargs: Any,
     ) -> tuple[STATE_DICT, list[str]]:
-        """The state saved by this rank in the directory ``path``, and the wanted keys that it does not hold.
+        """The state saved in the directory ``path``, as this rank needs it, and the wanted keys that it does not hold.
 
         Without ``state_dict``, everything, newly made. With it, just its keys: into its tensors in place, newly made
         where it holds ``None``, other values replaced; the same dict is returned, and the dotted paths of keys that
@@ -52,9 +67,63 @@ class CheckpointReader:
         committed. ``check_keys`` is called with two lists of key paths before any target is touched, and may raise:
         those that are missing, and those that are saved in the wanted dicts and not wanted. ``map_location`` is that
         of ``torch.load``. Other arguments are accepted and ignored.
+
+        Tensors that were spread over ranks (DTensor) are read into whatever stands in their place, spread in any way
+        over any number of ranks, or whole; of the files of others just the parts that are wanted. Newly made, they are
+        whole. All other values are those that this rank saved. Where another number of ranks saved, they are those that
+        all ranks have alike; for values that differ between ranks ``per_rank`` names rules under patterns of key paths
+        (see :data:`~lastgood._loading.per_rank.PerRankRule`), and without one
+        :class:`~lastgood.errors.RankMismatchError` is raised before anything is changed.
         """
-        rank = self._rank_info.global_rank
+        options = Options(
+            map_location, mmap, verify, verify_first, verify_whole, check_keys, {} if per_rank is None else per_rank
+        )
+        if not allow_uncommitted:
+            manifest = read_manifest(self._storage, path)
+            if manifest is not None and self._concerns_many_files(manifest):
+                return self._read_many(path, manifest, state_dict, options)
+        return self._read_own(path, state_dict, options, allow_uncommitted=allow_uncommitted)
+
+    def _concerns_many_files(self, manifest: Manifest) -> bool:
+        return bool(manifest.tensors) or manifest.world_size != self._rank_info.global_world_size
+
+    def _read_many(
+        self, path: str, manifest: Manifest, state_dict: STATE_DICT | None, options: Options
+    ) -> tuple[STATE_DICT, list[str]]:
+        if options.mmap and (state_dict is not None or options.verify_first):
+            raise ConfigError("mmap=True maps a file and reads nothing: it goes with neither a target nor verify_first")
+        with contextlib.ExitStack() as opened, paused_garbage_collection(), _events.phase("read", path):
+            archives: dict[int, Archive] = {}
+
+            def open_rank(rank: int) -> Archive:
+                if rank not in archives:
+                    archives[rank] = self._open_named(path, manifest, rank, opened)
+                return archives[rank]
+
+            return load_checkpoint(path, manifest, open_rank, self._rank_info, state_dict, options)
+
+    def _open_named(self, path: str, manifest: Manifest, rank: int, opened: contextlib.ExitStack) -> Archive:
+        """The file of a rank, which has to be the one that the manifest names."""
         file_path = checkpoint_file(path, rank)
+        file = self._storage.open_unwatched(file_path)
+        opened.callback(file.close)
+        archive = call_with_timeout(
+            lambda: open_archive(file), NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(file_path), name="open"
+        )
+        if archive is None:
+            raise self._not_named(path, file_path, rank)
+        self._require_named(path, archive, manifest, rank)
+        return archive
+
+    def _read_own(
+        self, path: str, state_dict: STATE_DICT | None, options: Options, *, allow_uncommitted: bool
+    ) -> tuple[STATE_DICT, list[str]]:
+        """Read one file that stands for itself: that of this rank, or the only one that there is."""
+        file_path = checkpoint_file(path, self._rank_info.global_rank)
+        if self._rank_info.global_world_size > 1 and not allow_uncommitted:
+            alone = self._manifest_of_one(path)
+            if alone is not None:
+                return self._read_many(path, alone, state_dict, options)
         if not self._storage.exists(file_path):
             raise self._not_found(path)
         file = self._storage.open_unwatched(file_path)
@@ -69,16 +138,28 @@ class CheckpointReader:
             return load_file(
                 file,
                 state_dict,
-                map_location=map_location,
-                mmap=mmap,
-                verify=verify,
-                verify_first=verify_first,
+                map_location=options.map_location,
+                mmap=options.mmap,
+                verify=options.verify,
+                verify_first=options.verify_first,
                 admit=admit,
-                check_keys=check_keys,
-                verify_whole=verify_whole,
+                check_keys=options.check_keys,
+                verify_whole=options.verify_whole,
             )
         finally:
             file.close()
+
+    def _manifest_of_one(self, path: str) -> Manifest | None:
+        """What the manifest would be of a checkpoint that one rank saved alone; ``None`` for any other."""
+        if self._storage.exists(manifest_file(path)):
+            return None
+        name = checkpoint_file(path, 0)
+        with contextlib.suppress(CheckpointNotFoundError), contextlib.closing(self._storage.open(name)) as file:
+            found = read_identity(file)
+            if found is not None and (found.rank, found.world_size) == (0, 1):
+                entry = ManifestFile(0, os.path.basename(name), found.size, found.trailer_crc, found.save_id)
+                return Manifest(MANIFEST_VERSION, found.save_id, 1, [entry])
+        return None
 
     def _not_found(self, path: str) -> Exception:
         rank = self._rank_info.global_rank
@@ -119,10 +200,15 @@ class CheckpointReader:
         alone = index.world_size == 1 or index.independent
         if allow_uncommitted or (alone and not self._storage.exists(manifest_file(path))):
             return
-        manifest = self._manifest(path, index.world_size)
-        entry = manifest.files[rank]
-        if (entry.save_id, entry.size) != (index.save_id, archive.file.size) or entry.trailer_crc != crc32(
-            archive.trailer_bytes
+        self._require_named(path, archive, self._manifest(path, index.world_size), rank)
+
+    def _require_named(self, path: str, archive: Archive, manifest: Manifest, rank: int) -> None:
+        """Refuse a file that is not the very one that the manifest names."""
+        index, entry = archive.index, manifest.files[rank]
+        if (
+            (index.rank, index.world_size) != (rank, manifest.world_size)
+            or (entry.save_id, entry.size) != (index.save_id, archive.file.size)
+            or entry.trailer_crc != crc32(archive.trailer_bytes)
         ):
             raise CorruptCheckpointError(
                 f"{archive.file.path} is not the file that the manifest of {path} names: it belongs to another save. "
@@ -134,12 +220,15 @@ class CheckpointReader:
     def _admit_foreign(self, path: str, file_path: str) -> None:
         """Refuse a file that lastgood did not write where a manifest says that it did."""
         if self._storage.exists(manifest_file(path)):
-            raise CorruptCheckpointError(
-                f"{file_path} is not the file that the manifest of {path} names: lastgood did not write it, or it is "
-                "damaged beyond recognition. Load an earlier checkpoint.",
-                path=file_path,
-                rank=self._rank_info.global_rank,
-            )
+            raise self._not_named(path, file_path, self._rank_info.global_rank)
+
+    def _not_named(self, path: str, file_path: str, rank: int) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{file_path} is not the file that the manifest of {path} names: lastgood did not write it, or it is "
+            "damaged beyond recognition. Load an earlier checkpoint.",
+            path=file_path,
+            rank=rank,
+        )
 
     def _manifest(self, path: str, world_size: int) -> Manifest:
         manifest = read_manifest(self._storage, path)

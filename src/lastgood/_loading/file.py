@@ -1,6 +1,6 @@
 """Loading one file: whole or partly, into new tensors or into given ones, of ours or of torch's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from lastgood._loading.foreign import load_foreign, verify_foreign
 from lastgood._loading.foreign_into import load_foreign_into
 from lastgood._loading.merge import CheckKeys, Merge
 from lastgood._loading.opaque_values import OpaqueValues, load_opaque_values
+from lastgood._loading.pairs import Pairs, ask
 from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, check_rest, no_data, read_parts, read_whole
-from lastgood._loading.targets import copy_into, in_pieces, naming_undefined_targets, split_targets
+from lastgood._loading.spread import OneFile, Source, SpreadTarget, WholeTensors, check_targets, read_spread
+from lastgood._loading.targets import naming_undefined_targets
 from lastgood._loading.values import (
     MapLocation,
     ObjectTable,
@@ -20,19 +22,16 @@ from lastgood._loading.values import (
     byte_range,
     map_file,
     map_storages,
+    tensors_in,
 )
 from lastgood._memory import bytes_at, paused_garbage_collection
 from lastgood._threads import call_with_timeout
 from lastgood.errors import ConfigError, CorruptCheckpointError, StorageError, corrupt
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.index import InvalidIndexError, OpaqueNode, TensorNode
-from lastgood.format.read_plan import Request
+from lastgood.format.index import InvalidIndexError, OpaqueNode, ShardedNode, TensorNode
 from lastgood.format.stream import native_byteorder
 from lastgood.storage.base import StoredFile
-
-STAGED_BYTES = 16 * 1024 * 1024
-"""Tensors that cannot be read straight into their targets pass through memory in batches of at most this size."""
 
 
 def load_file(
@@ -65,19 +64,54 @@ def load_file(
                 check = verify or verify_first
                 return load_foreign_into(file, target, map_location, check=check, check_keys=check_keys)
             return load_foreign(file, map_location=map_location, mmap=mmap, check=verify, check_data=not mmap), []
-        if archive.index.byteorder != native_byteorder():
-            raise ConfigError(f"{file.path} was written on a {archive.index.byteorder}-endian machine", path=file.path)
-        try:
-            if verify_first:
-                read_whole(archive, [])
-            if mmap:
-                return _map(archive, map_location), []
-            if target is None:
-                return _load_new(archive, map_location, check=verify), []
-            rest = verify_whole and not verify_first
-            return _load_into(archive, target, map_location, check=verify, check_keys=check_keys, verify_whole=rest)
-        except InvalidIndexError as error:
-            raise _impossible(archive, error) from error
+        return load_archive(
+            archive,
+            target,
+            map_location=map_location,
+            mmap=mmap,
+            verify=verify,
+            verify_first=verify_first,
+            check_keys=check_keys,
+            verify_whole=verify_whole,
+            source=OneFile(archive),
+        )
+
+
+def load_archive(
+    archive: Archive,
+    target: Any,
+    *,
+    map_location: MapLocation,
+    mmap: bool,
+    verify: bool,
+    verify_first: bool,
+    check_keys: CheckKeys | None,
+    verify_whole: bool,
+    source: Source,
+) -> tuple[Any, list[str]]:
+    """Like :func:`load_file`, from a file of ours that is open; ``source`` has the parts of spread tensors."""
+    if archive.index.byteorder != native_byteorder():
+        path = archive.file.path
+        raise ConfigError(f"{path} was written on a {archive.index.byteorder}-endian machine", path=path)
+    try:
+        if verify_first:
+            read_whole(archive, [])
+        if mmap:
+            return _map(archive, map_location), []
+        if target is None:
+            return _load_new(archive, source, map_location, check=verify, verify_first=verify_first), []
+        return _load_into(
+            archive,
+            source,
+            target,
+            map_location,
+            check=verify,
+            check_keys=check_keys,
+            verify_first=verify_first,
+            verify_whole=verify_whole and not verify_first,
+        )
+    except InvalidIndexError as error:
+        raise _impossible(archive, error) from error
 
 
 def verify_file(file: StoredFile) -> None:
@@ -88,7 +122,7 @@ def verify_file(file: StoredFile) -> None:
         return
     read_whole(archive, [])
     pool = StoragePool(archive.index.storages, "meta")
-    _ask(pool, archive.nodes)
+    ask(pool, archive.nodes)
     try:
         ValueBuilder(ObjectTable(archive.nodes), pool.tensor, lambda node: None).build(archive.index.root)
     except InvalidIndexError as error:
@@ -113,28 +147,44 @@ def _no_opaque(node: OpaqueNode) -> Any:
     raise ValueError("an opaque value where none was announced")
 
 
-def _load_new(archive: Archive, map_location: MapLocation, *, check: bool) -> Any:
+def _load_new(archive: Archive, source: Source, map_location: MapLocation, *, check: bool, verify_first: bool) -> Any:
     root = archive.index.root
+    table = ObjectTable(archive.nodes)
+    nodes = list({id(node): node for node in tensors_in(root, table, set())}.values())
+    spread = [node for node in nodes if isinstance(node, ShardedNode)]
+    _check_first(archive, source, [], spread, wanted=verify_first)
     pool = StoragePool(archive.index.storages, map_location)
     opaque = _opaque_of(archive, archive.opaque_nodes, pool, map_location, check=check)
-    requests = _ask(pool, archive.nodes)
+    requests = ask(pool, nodes)
     if check and not pool.without_data:
         read_whole(archive, requests, owner=pool)
     else:
         read_parts(archive, requests, check=False, owner=pool)
     pool.relocate()
-    return ValueBuilder(ObjectTable(archive.nodes), pool.tensor, opaque).build(root)
+    whole = WholeTensors(spread, map_location)
+    if not pool.without_data:
+        read_spread(whole.targets(), source, check=check)
+    return ValueBuilder(table, pool.tensor, opaque, whole.tensor).build(root)
 
 
-def _ask(pool: StoragePool, nodes: list[Any]) -> list[Request]:
-    for node in nodes:
-        if type(node) is TensorNode:
-            pool.ask(node)
-    return pool.allocate()
+def _check_first(
+    archive: Archive, source: Source, targets: list[SpreadTarget], fresh: list[ShardedNode], *, wanted: bool
+) -> None:
+    """For ``verify_first``: check the other files that will be read from, too."""
+    if wanted and (targets or fresh):
+        for other in source.archives_for(targets, fresh):
+            if other is not archive:
+                read_whole(other, [])
 
 
 def _map(archive: Archive, map_location: MapLocation) -> Any:
     index = archive.index
+    if any(isinstance(node, ShardedNode) for node in archive.nodes):
+        raise ConfigError(
+            f"{archive.file.path} holds parts of tensors that are spread over ranks, which cannot be mapped as whole "
+            "ones; load it without mmap=True",
+            path=archive.file.path,
+        )
     pool = StoragePool(index.storages, map_location)
     mapped = _map_same_file(archive)
     map_storages(index, mapped, [record.data_offset for record in archive.layout.storages], pool, map_location)
@@ -156,37 +206,44 @@ def _map_same_file(archive: Archive) -> torch.UntypedStorage:
 
 def _load_into(
     archive: Archive,
+    source: Source,
     target: Any,
     map_location: MapLocation,
     *,
     check: bool,
     check_keys: CheckKeys | None,
+    verify_first: bool,
     verify_whole: bool,
 ) -> tuple[Any, list[str]]:
     index = archive.index
     table = ObjectTable(archive.nodes)
     merge = Merge(table, archive.file.path, check_keys)
     merge.plan(target, index.root)
+    check_targets(merge.spread, archive.file.path)
+    fresh = [node for node in merge.fresh if not isinstance(node, ShardedNode)]
+    spread = [node for node in merge.fresh if isinstance(node, ShardedNode)]
+    _check_first(archive, source, merge.spread, spread, wanted=verify_first)
     pool = StoragePool(index.storages, map_location)
-    wanted = [*merge.fresh, *(node for _, _, node in merge.in_place)]
+    wanted = [*fresh, *(node for _, _, node in merge.in_place)]
     opaque = _opaque_of(archive, wanted, pool, map_location, check=check)
     merge.check_opaque(opaque)
-    requests = _ask(pool, merge.fresh)
-    direct, staged = split_targets([(tensor, node) for _, tensor, node in merge.in_place])
-    for tensor, node in direct:
-        start, end = byte_range(node)
-        requests.append(Request(FIRST_STORAGE + node.storage, start, end, tensor.data_ptr()))
-    with naming_undefined_targets(archive.file.path, [path for path, _, _ in merge.in_place]):
-        read_parts(archive, requests, check=check, owner=(pool, direct))
-        _mark_changed([tensor for tensor, _ in direct])
-        _load_staged(archive, staged, opaque, check=check)
+    requests = ask(pool, fresh)
+    pairs = Pairs([(tensor, node) for _, tensor, node in merge.in_place])
+    whole = WholeTensors(spread, map_location)
+    with naming_undefined_targets(archive.file.path, [path for path, _, _ in (*merge.in_place, *merge.spread)]):
+        read_parts(archive, [*requests, *pairs.requests()], check=check, owner=(pool, pairs))
+        pairs.finish(archive, opaque, check=check)
+        done = read_spread([*merge.spread, *whole.targets()], source, check=check)
         if verify_whole:
-            check_rest(archive, _wholly_read(archive, wanted) if check else ())
+            done.setdefault(id(archive), set()).update(_wholly_read(archive, wanted))
+            for each in source.verified_here():
+                check_rest(each, done.get(id(each), ()) if check else ())
         pool.relocate()
-        return merge.carry_out(ValueBuilder(table, pool.tensor, opaque)), merge.missing
+        builder = ValueBuilder(table, pool.tensor, opaque, whole.tensor)
+        return merge.carry_out(builder), merge.missing
 
 
-def _wholly_read(archive: Archive, nodes: list[TensorNode | OpaqueNode]) -> set[int]:
+def _wholly_read(archive: Archive, nodes: Sequence[TensorNode | OpaqueNode]) -> set[int]:
     """The records whose data is that of one of these tensors, from the first byte to the last."""
     records = archive.layout.records
     return {
@@ -194,42 +251,3 @@ def _wholly_read(archive: Archive, nodes: list[TensorNode | OpaqueNode]) -> set[
         for node in nodes
         if isinstance(node, TensorNode) and byte_range(node) == (0, records[FIRST_STORAGE + node.storage].size)
     }
-
-
-def _mark_changed(tensors: list[torch.Tensor]) -> None:
-    """Let autograd know, as an in-place operation would."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
-
-
-def _load_staged(
-    archive: Archive, staged: list[tuple[torch.Tensor, TensorNode | OpaqueNode]], opaque: Any, *, check: bool
-) -> None:
-    """Fill the targets that need a copy (on a device, of other strides) through batches of bounded size."""
-    batch: list[tuple[torch.Tensor, TensorNode]] = []
-    size = 0
-    for tensor, node in staged:
-        if isinstance(node, OpaqueNode):
-            copy_into(tensor, opaque(node))
-            continue
-        for piece, piece_node in in_pieces(tensor, node, STAGED_BYTES):
-            start, end = byte_range(piece_node)
-            if size + end - start > STAGED_BYTES:
-                _load_batch(archive, batch, check=check)
-                batch, size = [], 0
-            batch.append((piece, piece_node))
-            size += end - start
-    _load_batch(archive, batch, check=check)
-
-
-def _load_batch(archive: Archive, batch: list[tuple[torch.Tensor, TensorNode]], *, check: bool) -> None:
-    requests: list[Request] = []
-    pools = []
-    for _, node in batch:
-        pool = StoragePool(archive.index.storages, "cpu")
-        requests += _ask(pool, [node])
-        pools.append(pool)
-    read_parts(archive, requests, check=check, owner=pools)
-    for (tensor, node), pool in zip(batch, pools, strict=True):
-        copy_into(tensor, pool.tensor(node))

@@ -7,6 +7,7 @@ import torch
 
 from lastgood._loading.foreign import load_foreign
 from lastgood._loading.merge import CheckKeys, Merge
+from lastgood._loading.spread import check_targets, copy_spread
 from lastgood._loading.targets import copy_into, naming_undefined_targets
 from lastgood._loading.values import MapLocation, ObjectTable, StoragePool, ValueBuilder, copy_of, relocated
 from lastgood.capture import describe_loaded
@@ -44,6 +45,7 @@ def load_foreign_into(
     merge = Merge(table, file.path, check_keys)
     merge.plan(target, root)
     merge.check_opaque(described.opaque)
+    check_targets(merge.spread, file.path)
 
     mapped = StoragePool(described.index.storages, "cpu")
     made = StoragePool(described.index.storages, map_location)
@@ -61,7 +63,10 @@ def load_foreign_into(
             made.give(number, relocated(copy_of(storage), location, map_location))
         builder = ValueBuilder(table, made.tensor, described.opaque)
 
-    with naming_undefined_targets(file.path, [path for path, _, _ in merge.in_place]):
+    with naming_undefined_targets(file.path, [path for path, _, _ in (*merge.in_place, *merge.spread)]):
+        for _, tensor, saved in merge.spread:
+            if isinstance(saved, TensorNode):
+                copy_spread(tensor, mapped.tensor(saved))
         for _, tensor, node in merge.in_place:
             copy_into(tensor, mapped.tensor(node) if isinstance(node, TensorNode) else described.opaque(node))
         return merge.carry_out(builder), merge.missing

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lastgood._loading.targets import TensorsLike
 from lastgood._loading.values import ObjectTable, ValueBuilder, tensors_in, torch_dtype
 from lastgood.errors import TargetMismatchError
 from lastgood.format.index import (
@@ -14,11 +15,13 @@ from lastgood.format.index import (
     Node,
     OpaqueNode,
     OrderedDictNode,
+    ShardedNode,
     TensorNode,
     TupleNode,
     join_path,
     list_position,
 )
+from lastgood.sharding.dtensors import is_dtensor, local_tensor
 
 CheckKeys = Callable[[list[str], list[str]], None]
 """Told of the keys that are missing from a file, and of those of it that nobody wants; may refuse by raising."""
@@ -38,8 +41,9 @@ class _Items(tuple[Any, ...]):
 class Merge:
     """A plan to load a file into a nested target: made first, carried out only when it holds.
 
-    ``missing`` lists the paths of keys that the file does not have, ``in_place`` the tensors to be filled,
-    ``fresh`` the nodes of what must be newly made, and ``unread``, if ``check_keys`` is given, the keys that the file
+    ``missing`` lists the paths of keys that the file does not have, ``in_place`` the tensors to be filled, ``spread``
+    those of them that are spread over ranks, here or where they were saved, ``fresh`` the nodes of what must be newly
+    made, and ``unread``, if ``check_keys`` is given, the keys that the file
     has in mappings of the target's and the target has not.
     """
 
@@ -48,7 +52,8 @@ class Merge:
         self.unread: list[str] = []
         self._check_keys = check_keys
         self.in_place: list[tuple[str, torch.Tensor, TensorNode | OpaqueNode]] = []
-        self.fresh: list[TensorNode | OpaqueNode] = []
+        self.spread: list[tuple[str, torch.Tensor, TensorNode | ShardedNode]] = []
+        self.fresh: list[TensorNode | OpaqueNode | ShardedNode] = []
         self._table = table
         self._path = path
         self._followed: set[int] = set()
@@ -96,6 +101,10 @@ class Merge:
     def _visit(self, target: Any, node: Node, path: str) -> Any:
         """What will stand at ``path``: the target itself, :class:`_Items` of such, or a :class:`_Fresh`."""
         node = self._table.resolve(node)
+        if isinstance(target, TensorsLike):
+            target = target.target_for(node, self._table.resolve)
+        if isinstance(target, torch.Tensor) and (isinstance(node, ShardedNode) or is_dtensor(target)):
+            return self._visit_spread(target, node, path)
         if isinstance(target, torch.Tensor):
             return self._visit_tensor(target, node, path)
         if isinstance(target, MutableMapping) and isinstance(node, (DictNode, MapNode, OrderedDictNode)):
@@ -155,21 +164,35 @@ class Merge:
             self.missing.append(join_path(path, list_position(number)))
         return _Items((*results, *target[len(results) :]))
 
+    def _visit_spread(self, target: torch.Tensor, node: Node, path: str) -> Any:
+        if not isinstance(node, (TensorNode, ShardedNode)):
+            raise self._mismatch(path, "the target is a tensor spread over ranks, the saved value is no plain tensor")
+        self._require_same_form(target, node, path)
+        self._require_memory(local_tensor(target) if is_dtensor(target) else target, path)
+        self.spread.append((path, target, node))
+        return target
+
+    def _require_same_form(self, target: torch.Tensor, node: TensorNode | ShardedNode, path: str) -> None:
+        saved_shape, saved_dtype = tuple(node.shape), torch_dtype(node.dtype)
+        if tuple(target.shape) != saved_shape or target.dtype != saved_dtype:
+            raise self._mismatch(
+                path,
+                f"the target has shape {tuple(target.shape)} and dtype {target.dtype}, "
+                f"the saved tensor has shape {saved_shape} and dtype {saved_dtype}",
+            )
+
+    def _require_memory(self, target: torch.Tensor, path: str) -> None:
+        if target.device.type == "meta":
+            raise self._mismatch(path, "the target is on the meta device and has no memory to load into")
+        if target.layout is not torch.strided or target.is_nested:
+            raise self._mismatch(path, "the target is sparse or nested, the saved tensor is strided")
+        if any(size > 1 and step == 0 for size, step in zip(target.shape, target.stride(), strict=True)):
+            raise self._mismatch(path, "the target is expanded: several of its elements share one place in memory")
+
     def _visit_tensor(self, target: torch.Tensor, node: Node, path: str) -> Any:
         if isinstance(node, TensorNode):
-            saved_shape, saved_dtype = tuple(node.shape), torch_dtype(node.dtype)
-            if tuple(target.shape) != saved_shape or target.dtype != saved_dtype:
-                raise self._mismatch(
-                    path,
-                    f"the target has shape {tuple(target.shape)} and dtype {target.dtype}, "
-                    f"the saved tensor has shape {saved_shape} and dtype {saved_dtype}",
-                )
-            if target.device.type == "meta":
-                raise self._mismatch(path, "the target is on the meta device and has no memory to load into")
-            if target.layout is not torch.strided or target.is_nested:
-                raise self._mismatch(path, "the target is sparse or nested, the saved tensor is strided")
-            if any(size > 1 and step == 0 for size, step in zip(target.shape, target.stride(), strict=True)):
-                raise self._mismatch(path, "the target is expanded: several of its elements share one place in memory")
+            self._require_same_form(target, node, path)
+            self._require_memory(target, path)
         elif not isinstance(node, OpaqueNode):
             raise self._mismatch(path, "the target is a tensor, the saved value is none")
         self.in_place.append((path, target, node))

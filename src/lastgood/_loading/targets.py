@@ -1,15 +1,63 @@
 """Tensors that are loaded into: which bytes may go straight to them, and what is said of them when a load fails."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from lastgood._loading.values import byte_range
+from lastgood._loading.values import byte_range, torch_dtype
 from lastgood.errors import CorruptCheckpointError, corrupt
-from lastgood.format.index import InvalidIndexError, OpaqueNode, TensorNode, element_span
+from lastgood.format.index import (
+    DictNode,
+    InvalidIndexError,
+    MapNode,
+    Node,
+    OpaqueNode,
+    OrderedDictNode,
+    ShardedNode,
+    TensorNode,
+    element_span,
+    keyed_children,
+)
+from lastgood.sharding.dtensors import is_dtensor
 
 _SHOWN_TARGETS = 5
+
+
+class TensorsLike:
+    """Stands in a target for a dict that will be newly made, as that of an optimizer which has not stepped yet.
+
+    ``like`` names a tensor for some of its keys: the tensors below such a key that have the same shape are spread over
+    ranks as that tensor is. Everything else is made as it was saved.
+    """
+
+    def __init__(self, like: Mapping[Any, torch.Tensor]) -> None:
+        self._like = like
+
+    def target_for(self, node: Node, resolve: Callable[[Node], Node]) -> Any:
+        """The target that this stands for where ``node`` was saved."""
+        if not isinstance(node, (DictNode, MapNode, OrderedDictNode)):
+            return None
+        return {
+            key: self._values_target(self._like.get(key), resolve(value), resolve)
+            for key, value in keyed_children(node)
+        }
+
+    def _values_target(self, like: torch.Tensor | None, node: Node, resolve: Callable[[Node], Node]) -> Any:
+        if like is None or not is_dtensor(like) or not isinstance(node, (DictNode, MapNode, OrderedDictNode)):
+            return None
+        target = {}
+        for key, child in keyed_children(node):
+            value = resolve(child)
+            is_alike = isinstance(value, (TensorNode, ShardedNode)) and tuple(value.shape) == tuple(like.shape)
+            target[key] = _empty_like(like, value.dtype) if is_alike else None  # type: ignore[union-attr]
+        return target
+
+
+def _empty_like(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.empty_like(tensor, dtype=torch_dtype(dtype), requires_grad=False)
 
 
 def split_targets(

@@ -12,6 +12,7 @@ import torch
 from lastgood._torch_internals import negative_view
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import (
+    CONTAINERS,
     NUMBERED,
     BytearrayNode,
     BytesNode,
@@ -30,14 +31,15 @@ from lastgood.format.index import (
     OrderedDictNode,
     ReferenceNode,
     SetNode,
+    ShardedNode,
     SizeNode,
     StorageEntry,
     TensorNode,
     TextNode,
     TupleNode,
+    children,
     element_span,
     unpack_floats,
-    walk_nodes,
 )
 from lastgood.format.read_plan import Request
 from lastgood.format.spec import DTYPES, UNTYPED
@@ -283,11 +285,16 @@ class ValueBuilder:
     """Makes the values that nodes describe."""
 
     def __init__(
-        self, table: ObjectTable, tensor: Callable[[TensorNode], Any], opaque: Callable[[OpaqueNode], Any]
+        self,
+        table: ObjectTable,
+        tensor: Callable[[TensorNode], Any],
+        opaque: Callable[[OpaqueNode], Any],
+        sharded: Callable[[ShardedNode], Any] = lambda node: None,
     ) -> None:
         self._table = table
         self._tensor = tensor
         self._opaque = opaque
+        self._sharded = sharded
 
     def build(self, node: Node) -> Any:
         """The value of a node; raises ``InvalidIndexError`` for one that no writer has written."""
@@ -319,6 +326,8 @@ class ValueBuilder:
             return value
         if isinstance(node, OpaqueNode):
             return self._opaque(node)
+        if isinstance(node, ShardedNode):
+            return self._sharded(node)
         return scalar_value(node)
 
     def _build_container(self, node: DictNode | MapNode | OrderedDictNode | ListNode) -> Any:
@@ -363,22 +372,24 @@ def scalar_value(node: Node) -> Any:
     return node
 
 
-def tensors_in(node: Node, table: ObjectTable, followed: set[int]) -> Iterator[TensorNode | OpaqueNode]:
+def tensors_in(node: Node, table: ObjectTable, followed: set[int]) -> Iterator[TensorNode | OpaqueNode | ShardedNode]:
     """The tensors and opaque values inside a node, references followed; one may come more than once.
 
-    ``followed`` keeps what references have led to already: no container is followed into twice, however often the
-    file refers to it.
+    A tensor that is spread over ranks comes as such, without its parts. ``followed`` keeps what references have led to
+    already: no container is followed into twice, however often the file refers to it.
     """
     waiting = [node]
     while waiting:
-        for inner, _ in walk_nodes(waiting.pop()):
-            resolved = table.resolve(inner)
-            if resolved is inner:
-                if isinstance(inner, (TensorNode, OpaqueNode)):
-                    yield inner
-            elif id(resolved) not in followed:
-                followed.add(id(resolved))
-                waiting.append(resolved)
+        inner = waiting.pop()
+        resolved = table.resolve(inner)
+        if resolved is not inner:
+            if id(resolved) in followed:
+                continue
+            followed.add(id(resolved))
+        if isinstance(resolved, (TensorNode, OpaqueNode, ShardedNode)):
+            yield resolved
+        elif isinstance(resolved, CONTAINERS):
+            waiting += children(resolved)
 
 
 def map_storages(

@@ -131,7 +131,7 @@ def forge(
         "pickle_size": 0,
         **header,
     }
-    index = Index(**fields, storages=[entry for entry, _ in storages], root=root)
+    index = Index(**{"meshes": []} | fields, storages=[entry for entry, _ in storages], root=root)
     if pickled is None:
         opaque = [node for node, _ in walk_nodes(root) if isinstance(node, OpaqueNode)]
         try:

@@ -13,7 +13,7 @@ from tests.unit.capture.comparing import assert_same
 from tests.unit.loading.files import CountingFile, opened, raw
 
 import lastgood
-from lastgood._loading import file as file_loading
+from lastgood._loading import pairs as pair_loading
 from lastgood._loading import values as value_loading
 from lastgood._loading.file import load_file
 from lastgood.errors import ConfigError, MissingKeysError, TargetMismatchError
@@ -434,7 +434,7 @@ def test_mmap_does_not_go_with_a_target(file: Path) -> None:
 
 
 def test_large_targets_of_other_strides_are_filled_in_parts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_loading, "STAGED_BYTES", 1000)
+    monkeypatch.setattr(pair_loading, "STAGED_BYTES", 1000)
     values = numbers(7, 50, 3, 11)
     state = saved(
         file,

@@ -154,13 +154,15 @@ def test_a_renamed_file(committed: Path) -> None:
 @pytest.mark.parametrize("world_size", [0, 1, 2, 3])
 def test_a_rank_outside_its_world(committed: Path, world_size: int) -> None:
     """The rank in the file fits its name, but not the number of ranks."""
+    (committed / "manifest.json").unlink()
     forge(committed / "checkpoint_3.pt", DictNode({"model": 1}), rank=3, world_size=world_size)
     refused(committed, CorruptCheckpointError, "by rank 3 of", 3, 4)
 
 
 def test_a_manifest_of_another_number_of_ranks(committed: Path) -> None:
     forge(committed / "checkpoint_0.pt", DictNode({"model": 1}), rank=0, world_size=3)
-    refused(committed, CorruptCheckpointError, "ranks", 0, 3)
+    refused(committed, CorruptCheckpointError, "different saves", 0, 2)
+    refused(committed, CorruptCheckpointError, "another save", 0, 3)
 
 
 def test_nothing_is_touched_before_the_commit_is_known(committed: Path) -> None:
