@@ -6,15 +6,16 @@ its own, beside the training's collectives. Others are added with :func:`registe
 
 import abc
 import inspect
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from lastgood._coordination.connection import first_line
+from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, rank_list
 from lastgood._threads import call_with_timeout
 from lastgood.errors import BarrierTimeoutError, ConfigError
 
@@ -26,8 +27,6 @@ _ANSWER_SECS = 5.0
 # A year: beyond any sense, but not beyond what clocks and stores can count.
 _LONGEST_SECS = 365 * 86400.0
 
-_MET = "met"
-_GIVEN_UP = "given up"
 _SAFE = "The checkpoint being saved is not committed; earlier ones are untouched."
 
 
@@ -138,7 +137,7 @@ class DistBarrier(Barrier):
             dist.barrier()
         except RuntimeError as error:
             raise BarrierTimeoutError(
-                f"Rank {dist.get_rank()} could not meet the other ranks of the process group: {_first_line(error)}. "
+                f"Rank {dist.get_rank()} could not meet the other ranks of the process group: {first_line(error)}. "
                 f"{_SAFE} A rank has died or was slower than the group's time-out: look at the other ranks' logs, "
                 "and restart the job.",
                 rank=dist.get_rank(),
@@ -212,7 +211,7 @@ class TCPStoreBarrier(Barrier):
         except dist.DistStoreError as error:
             raise no_answer() from error
         except dist.DistError as error:
-            reason = f"the connection to the store at {self._address}, which rank 0 keeps, broke: {_first_line(error)}"
+            reason = f"the connection to the store at {self._address}, which rank 0 keeps, broke: {first_line(error)}"
             raise self._error(sequence, reason, (0,) if self._rank else ()) from error
 
     def abandon(self, reason: str) -> None:
@@ -221,7 +220,7 @@ class TCPStoreBarrier(Barrier):
         reason = f"rank {self._rank} gave up before it came: {reason}"
         try:
             call_with_timeout(
-                lambda: self._give_up(sequence, reason, (self._rank,)),
+                lambda: self._decide(sequence, Outcome(reason, (self._rank,))),
                 _ANSWER_SECS,
                 lambda: TimeoutError("the store does not answer"),
                 name="barrier",
@@ -268,7 +267,7 @@ class TCPStoreBarrier(Barrier):
                     rank=self._rank,
                     phase="barrier set-up",
                 ) from error
-            raise failed(_first_line(error)) from error
+            raise failed(first_line(error)) from error
 
     def _next_sequence(self) -> int:
         # Counted whether or not the meeting succeeds: only so do ranks that failed and ranks that did not
@@ -278,19 +277,19 @@ class TCPStoreBarrier(Barrier):
         return sequence
 
     def _meet(self, sequence: int) -> None:
-        store = self._store
+        store, meeting = self._store, self._meeting(sequence)
         store.set(f"rank{self._rank}", str(sequence))
         self._arrive(sequence)
         try:
-            store.wait([self._key(sequence, "decided")], timedelta(seconds=self._timeout_secs))
+            meeting.wait(self._timeout_secs)
         except dist.DistStoreError:
             self._time_out(sequence)
-        if store.get(self._key(sequence, "outcome")) == _GIVEN_UP.encode():
-            account = json.loads(store.get(self._key(sequence, "account")))
-            raise self._error(sequence, account["reason"], tuple(account["missing"]))
+        outcome = meeting.outcome()
+        if outcome.reason is not None:
+            raise self._error(sequence, outcome.reason, outcome.missing)
         if sequence > 0:
             # Everybody has left the meeting before this one: nobody will ask again who came to it.
-            store.delete_key(self._key(sequence - 1, "came", self._rank))
+            self._meeting(sequence - 1).forget()
         self._pass_together(sequence)
 
     def _arrive(self, sequence: int) -> None:
@@ -298,10 +297,8 @@ class TCPStoreBarrier(Barrier):
 
         The keys ``rank<r>`` cannot show who came: all prefixes on a store share them.
         """
-        store = self._store
-        comings = int(store.add(self._key(sequence, "came", self._rank), 1))
-        came = int(store.add(self._key(sequence, "number"), 1)) if comings == 1 else 0
-        if comings > 1 or came > self._world_size:
+        came = self._meeting(sequence).arrive()
+        if not 0 < came <= self._world_size:
             raise ConfigError(
                 f"Rank {self._rank} has been at barrier {sequence} of {self._prefix!r} before, at {self._address}: "
                 "another process runs as the same rank, or this one was started again while the others were not. "
@@ -310,36 +307,19 @@ class TCPStoreBarrier(Barrier):
                 phase="barrier",
             )
         if came == self._world_size:
-            self._decide(sequence, _MET)
+            self._decide(sequence, ALL_CAME)
 
     def _time_out(self, sequence: int) -> None:
-        missing = self._missing(sequence, range(self._world_size))
-        if missing:
-            self._give_up(
-                sequence, f"rank {self._rank} waited {self._timeout_secs:g} s for {_rank_list(missing)}", missing
-            )
-        else:
-            # The last one came this very moment, or died before it could say so.
-            self._decide(sequence, _MET)
+        missing = self._meeting(sequence).missing()
+        waited = f"rank {self._rank} waited {self._timeout_secs:g} s for {rank_list(missing)}"
+        # If none is missing: the last one came this very moment, or died before it could say so.
+        self._decide(sequence, Outcome(waited, missing) if missing else ALL_CAME)
 
-    def _give_up(self, sequence: int, reason: str, missing: tuple[int, ...]) -> None:
-        self._store.set(self._key(sequence, "account"), json.dumps({"reason": reason, "missing": missing}))
-        self._decide(sequence, _GIVEN_UP)
+    def _decide(self, sequence: int, outcome: Outcome) -> None:
+        self._meeting(sequence).decide(outcome)
 
-    def _decide(self, sequence: int, outcome: str) -> None:
-        """Fix the outcome for all ranks, unless it has been fixed before, and wake those that wait for it."""
-        self._store.compare_set(self._key(sequence, "outcome"), "", outcome)
-        # Not every backend of the store wakes waiters at compare_set.
-        self._store.add(self._key(sequence, "decided"), 1)
-
-    def _missing(self, sequence: int, ranks: Sequence[int]) -> tuple[int, ...]:
-        """Those of ``ranks`` that have not come. The store says only whether all of several keys are there: halve."""
-        if self._store.check([self._key(sequence, "came", rank) for rank in ranks]):
-            return ()
-        if len(ranks) == 1:
-            return tuple(ranks)
-        half = len(ranks) // 2
-        return self._missing(sequence, ranks[:half]) + self._missing(sequence, ranks[half:])
+    def _meeting(self, sequence: int) -> Meeting:
+        return Meeting(self._store, f"lastgood/{self._prefix}/{sequence}", self._rank, self._world_size)
 
     def _pass_together(self, sequence: int) -> None:
         from torch.distributed.elastic.utils import store as store_util  # absent where torch has no distributed part
@@ -352,13 +332,10 @@ class TCPStoreBarrier(Barrier):
             # it was its last checkpoint, the store has gone with it.
             logger.info("the store at %s was closed right after barrier %d: %s", self._address, sequence, error)
 
-    def _key(self, sequence: int, *what: object) -> str:
-        return "/".join(map(str, ("lastgood", self._prefix, sequence, *what)))
-
     def _error(self, sequence: int, reason: str, missing: tuple[int, ...] = ()) -> BarrierTimeoutError:
         return BarrierTimeoutError(
             f"Rank {self._rank} could not meet the other {self._world_size - 1} ranks at barrier {sequence} of "
-            f"{self._prefix!r}: {reason}. {_SAFE} Look at the log of {_rank_list(missing) or 'the other ranks'}.",
+            f"{self._prefix!r}: {reason}. {_SAFE} Look at the log of {rank_list(missing) or 'the other ranks'}.",
             missing_ranks=missing,
             rank=self._rank,
             phase="barrier",
@@ -379,16 +356,3 @@ def _number(convert: Callable[[Any], Number], argument: str, value: object, lowe
             f"{argument} of a TCPStoreBarrier is {value!r}; expected a number from {lowest} to {highest}."
         )
     return number
-
-
-def _rank_list(ranks: Sequence[int], at_most: int = 16) -> str:
-    if not ranks:
-        return ""
-    listed = ", ".join(map(str, ranks[:at_most]))
-    more = f" and {len(ranks) - at_most} more" if len(ranks) > at_most else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {listed}{more}"
-
-
-def _first_line(error: BaseException) -> str:
-    # torch appends the stack of its C++ code.
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

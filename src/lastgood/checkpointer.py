@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lastgood import _events
+from lastgood._coordination.calls import SaveCall
+from lastgood._coordination.trainer import TrainerVotes
 from lastgood._events import logger
 from lastgood._futures import ObservedFuture
 from lastgood.checkpoint_process import CheckpointProcess
 from lastgood.checkpoint_reader import CheckpointReader
-from lastgood.checkpoint_writer import CheckpointWriter
+from lastgood.checkpoint_writer import SAVE_CALL, CheckpointWriter
 from lastgood.errors import ConfigError, SaveTimeoutError, require_all
+from lastgood.sharding.divide import Divider
 from lastgood.staging import CheckpointStager, CheckpointStagerConfig, DefaultStager
 from lastgood.types import STATE_DICT
 from lastgood.utils import wrap_future
@@ -125,6 +128,8 @@ class AsyncCheckpointer(_ReadingCheckpointer):
     The state is copied to shared memory by ``checkpoint_stager`` and written by ``checkpoint_process``, which also
     finishes what was staged when this process dies. At the interpreter's exit, checkpointers that nobody closed are
     closed. ``may_write`` is asked about each path before anything is staged, and raises if a save there cannot succeed.
+    ``votes`` speak for this rank where several commit together by voting: a save that fails here fails on all of them.
+    ``divider`` takes this rank's part of what is spread over ranks.
     """
 
     def __init__(
@@ -134,8 +139,13 @@ class AsyncCheckpointer(_ReadingCheckpointer):
         reader: CheckpointReader,
         *,
         may_write: Callable[[str], None] | None = None,
+        votes: TrainerVotes | None = None,
+        divider: Divider | None = None,
     ) -> None:
         super().__init__(reader)
+        self._votes = votes
+        self._divider = divider
+        self._raises_earlier_failures = True
         self._checkpoint_stager = checkpoint_stager
         self._checkpoint_process = checkpoint_process
         self._may_write = may_write
@@ -161,6 +171,19 @@ class AsyncCheckpointer(_ReadingCheckpointer):
         its futures, raises that, once, and does nothing else. ``kwargs`` reach the writer's hooks. Saves land in the
         order in which they were asked for.
         """
+        votes = self._votes
+        if votes is None:
+            save = self._save(path, state_dict, kwargs, None)
+            return save.staged, save.written
+        call = votes.new_call(path)
+        try:
+            save = self._save(path, state_dict, kwargs, call)
+        except BaseException as error:
+            votes.give_up(call, error)
+            raise
+        return save.staged, save.written
+
+    def _save(self, path: str, state_dict: STATE_DICT, kwargs: dict[str, Any], call: SaveCall | None) -> _Save:
         with self._alone(self._slot_timeout_secs), _events.phase("stall", path):
             if self._is_closed:
                 raise ConfigError("this checkpointer has been closed; make another one", path=path)
@@ -168,11 +191,16 @@ class AsyncCheckpointer(_ReadingCheckpointer):
             self._raise_unfetched_failure()
             if self._may_write is not None:
                 self._may_write(path)
-            staged, written = self._begin(path, state_dict, kwargs)
+            passed_on: dict[str, Any] = {}
+            if self._votes is not None and call is not None:
+                passed_on[SAVE_CALL] = self._votes.with_epoch(call, path)
+            staged, written = self._begin(path, state_dict, kwargs, passed_on)
             save = _Save(path, _observed(staged), _observed(written))
+            if self._votes is not None and call is not None:
+                self._votes.watch(call, written)
             self._saves.append(save)
             self._keep_until_known(save)
-        return save.staged, save.written
+        return save
 
     @contextmanager
     def _alone(self, timeout_secs: float) -> Iterator[None]:
@@ -201,13 +229,17 @@ class AsyncCheckpointer(_ReadingCheckpointer):
 
         save.written.add_done_callback(forget)
 
-    def _begin(self, path: str, state_dict: STATE_DICT, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        stager = self._checkpoint_stager
+    def _begin(
+        self, path: str, state_dict: STATE_DICT, kwargs: dict[str, Any], passed_on: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """``passed_on`` goes to the checkpoint process, which keeps it from the hooks."""
+        stager, process, arguments = self._checkpoint_stager, self._checkpoint_process, {**kwargs, **passed_on}
+        state_dict = self._own_part(state_dict)
         # A stage() that somebody has put in its place is what counts.
         if isinstance(stager, DefaultStager) and getattr(stager.stage, "__func__", None) is DefaultStager.stage:
-            return stager.stage_for(state_dict, lambda staged: self._checkpoint_process.write(staged, path, **kwargs))
+            return stager.stage_for(state_dict, lambda staged: process.write(staged, path, **arguments))
         staged = stager.stage(state_dict, **kwargs)
-        return staged, self._checkpoint_process.write(staged, path, **kwargs)
+        return staged, process.write(staged, path, **arguments)
 
     def _wait_for_slot(self, path: str) -> None:
         in_flight = [save for save in self._saves if not save.written.done()]
@@ -232,13 +264,20 @@ class AsyncCheckpointer(_ReadingCheckpointer):
             self._saves.remove(save)
             _unknown.pop(save, None)
             failure = save.unfetched_failure()
-            if failure is not None:
+            if failure is not None and self._raises_earlier_failures:
                 raise failure
+
+    def _own_part(self, state_dict: STATE_DICT) -> STATE_DICT:
+        return state_dict if self._divider is None else self._divider.divide(state_dict)
+
+    def leave_failures_to_futures(self) -> None:
+        """For whoever looks at every future: no ``save`` raises what an earlier one failed with."""
+        self._raises_earlier_failures = False
 
     def prewarm(self, state_dict: STATE_DICT) -> Future[None]:
         """Get ready to save states like this one, in the background: the first save is then as fast as later ones."""
         if isinstance(self._checkpoint_stager, DefaultStager):
-            return self._checkpoint_stager.prewarm(state_dict)
+            return self._checkpoint_stager.prewarm(self._own_part(state_dict))
         return wrap_future(None)
 
     @contextmanager

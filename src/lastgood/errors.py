@@ -8,10 +8,13 @@
     |-- UnsupportedStateError        (pickle.PicklingError, TypeError)
     |-- TargetMismatchError          (RuntimeError)
     |-- MissingKeysError             (RuntimeError)
+    |-- RankMismatchError            (RuntimeError)
     |  choose another path, or another checkpoint
     |-- CheckpointNotFoundError      (FileNotFoundError)
     |-- CheckpointExistsError        (FileExistsError)
     |-- UncommittedCheckpointError   (RuntimeError)
+    |  stop this job: another one has taken its place
+    |-- SupersededError              (RuntimeError)
     |  do not trust this file: use an earlier checkpoint
     |-- CorruptCheckpointError       (RuntimeError)
     |-- UnsafeCheckpointError        (pickle.UnpicklingError)
@@ -86,6 +89,15 @@ class MissingKeysError(LastgoodError, RuntimeError):
         self.missing_keys = missing_keys
 
 
+class RankMismatchError(LastgoodError, RuntimeError):
+    """What the ranks hold does not fit together; ``tensor`` names the first tensor concerned, ``rank`` a rank.
+
+    A save: ranks of one mesh do not have the same tensors, or tensors that were declared to be the same on all ranks
+    are not. Nothing is committed. A load: values that are not the same on all ranks are wanted by another number of
+    ranks, and nobody has said which rank is to get which. Nothing has been changed.
+    """
+
+
 class CheckpointNotFoundError(LastgoodError, FileNotFoundError):
     """There is no checkpoint at this path."""
 
@@ -96,6 +108,13 @@ class CheckpointExistsError(LastgoodError, FileExistsError):
 
 class UncommittedCheckpointError(LastgoodError, RuntimeError):
     """Files of a checkpoint are there, but the record that commits them is not: the save never finished."""
+
+
+class SupersededError(LastgoodError, RuntimeError):
+    """Another job has taken over the place where this one saves: this one can publish nothing there any more.
+
+    What the other job saves is not touched. End this process; it was left over from before a restart.
+    """
 
 
 class CorruptCheckpointError(LastgoodError, RuntimeError):

@@ -11,6 +11,7 @@ import torch.distributed
 from tests.helpers.workers import PATIENCE_SECS
 from tests.manager.runs import manager_of, restore, tiny
 
+from lastgood.barriers import BarrierConfig
 from lastgood.checkpointer import AsyncCheckpointer
 from lastgood.config import CheckpointerConfig
 from lastgood.errors import LastgoodError
@@ -34,6 +35,14 @@ def open_manager(root: str, keep: int | None = None, **options: Any) -> None:
 
 def close_manager() -> None:
     _this_process.pop().close()
+
+
+def close_and_tell() -> str:
+    try:
+        close_manager()
+    except LastgoodError as error:
+        return f"{type(error).__name__}: {error}"
+    return "closed"
 
 
 def save(steps: list[int]) -> list[int]:
@@ -167,13 +176,30 @@ def save_and_fail(step: int, how: str, failing: int) -> str:
     try:
         manager.save(step, state, metrics).result(PATIENCE_SECS)
     except Exception as error:
-        return type(error).__name__
+        return f"{type(error).__name__}: {error}"
     return "saved"
 
 
-def open_impatient_manager(root: str) -> None:
-    """Asynchronous, with a barrier that is given up soon."""
+def open_asynchronous_manager(root: str) -> None:
     config = CheckpointerConfig()
-    config.writer_config.write_barrier_timeout_secs = 12
     config.process_config.subprocess_init_timeout_secs = PATIENCE_SECS
+    config.process_config.nice = 0
     _this_process[:] = [manager_of(root, asynchronous=True, config=config)]
+
+
+def open_manager_with_a_barrier(root: str) -> str:
+    config = CheckpointerConfig(barrier_config=BarrierConfig("dist_barrier"))
+    try:
+        manager_of(root, config=config)
+    except LastgoodError as error:
+        return f"{type(error).__name__}: {error}"
+    return "opened"
+
+
+def save_after(step: int) -> str:
+    """A save of this rank; what came of it."""
+    try:
+        _this_process[0].save(step, tiny(step + _rank())).result(PATIENCE_SECS)
+    except LastgoodError as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"

@@ -12,6 +12,7 @@ from tests.helpers.workers import PATIENCE_SECS
 from tests.storage.recording import RecordingFileOps
 from tests.unit.loading.files import archive_of
 
+from lastgood.format.epoch import EPOCH_NAME
 from lastgood.manager.catalog import RUN_LOG_NAME
 from lastgood.manager.checkpoint_manager import CheckpointManager
 from lastgood.manager.run_log import read_run_log
@@ -74,8 +75,8 @@ def damage(file: Path) -> None:
 
 
 def directories(root: Path) -> list[str]:
-    """The names under the root, without that of the run's log."""
-    return sorted(path.name for path in root.iterdir() if path.name != RUN_LOG_NAME)
+    """The names under the root, without those of the run's log and of the record of jobs."""
+    return sorted(path.name for path in root.iterdir() if path.name not in (RUN_LOG_NAME, EPOCH_NAME))
 
 
 def logged(root: Path, kind: type[Kind]) -> list[Kind]:

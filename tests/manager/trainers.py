@@ -41,7 +41,9 @@ def resume_save_and_tidy(pipe: Connection | None, root: str, place: int) -> list
 def save_gated(pipe: Connection, gate: Connection, root: str, step: int) -> None:
     """An asynchronous save that the test lets pass; its bytes are durable under a temporary name before that."""
 
-    def make_gated(config: Any, ranks: Any, storage: Any, *, asynchronous: bool) -> AsyncCheckpointer:
+    def make_gated(
+        config: Any, ranks: Any, storage: Any, coordination: Any, *, asynchronous: bool
+    ) -> AsyncCheckpointer:
         assert asynchronous
         return make_async_checkpointer(
             config,

@@ -17,11 +17,12 @@ from tests.storage.recording import RecordingFileOps
 
 from lastgood import barriers
 from lastgood.barriers import BarrierConfig, TCPStoreBarrier, register_barrier
-from lastgood.builder import make_sync_checkpointer
+from lastgood.builder import make_async_checkpointer, make_sync_checkpointer
 from lastgood.checkpoint_reader import CheckpointReader
 from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from lastgood.config import CheckpointerConfig
 from lastgood.errors import BarrierTimeoutError, CheckpointNotFoundError, ConfigError, StorageError
+from lastgood.sharding.local_shards import LocalShards
 from lastgood.storage.file_ops import OsFileOps
 from lastgood.types import RankInfo
 
@@ -247,9 +248,25 @@ def test_hazard_16_there_is_a_test_for_every_part_of_the_configuration() -> None
         "barrier_config",
         "staging_config",
         "process_config",
+        "replicated",
     }
     assert {field.name for field in dataclasses.fields(CheckpointWriterConfig)} == set(FIELDS)
     assert {field.name for field in dataclasses.fields(BarrierConfig)} == {"barrier_type", "barrier_args"}
+
+
+def test_hazard_16_declared_replicas_reach_both_kinds_of_checkpointers() -> None:
+    config = CheckpointerConfig(replicated=["model.*"])
+    state = {"model": {"weights": torch.ones(3)}, "own": torch.ones(3)}
+    checkpointer = make_async_checkpointer(config, RankInfo(1, 2))
+    try:
+        assert checkpointer._divider is not None
+        dividers = [checkpointer._divider, make_sync_checkpointer(config, RankInfo(1, 2))._writer._own_divider()]
+    finally:
+        checkpointer.close()
+    for divider in dividers:
+        divided = divider.divide(state)
+        assert isinstance(divided["model"]["weights"], LocalShards)
+        assert divided["own"] is state["own"]
 
 
 def test_parts_may_be_assigned_after_the_configuration_was_made(own_barrier: list[Any]) -> None:

@@ -12,6 +12,7 @@ import msgspec
 
 from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from lastgood.format.commit import read_manifest
+from lastgood.format.epoch import EPOCH_NAME
 from lastgood.format.identity import FileIdentity, read_identity
 from lastgood.format.manifest import MANIFEST_NAME, Manifest, checkpoint_file, rank_of
 from lastgood.storage.base import StorageBackend
@@ -108,6 +109,8 @@ def read_catalog(storage: StorageBackend, root: str) -> Catalog:
     """
     entries, others = [], []
     for name in storage.list(root):
+        if name == EPOCH_NAME:  # the business of jobs of several ranks, not of whoever looks
+            continue
         step = step_of(name)
         entry = None if step is None else read_entry(storage, root, step)
         if entry is None or (entry.condition is Condition.UNFINISHED and _is_file(storage, entry.path)):

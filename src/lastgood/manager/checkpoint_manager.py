@@ -1,5 +1,6 @@
 """The checkpoints of a training run in a few lines: save when it is due, resume, keep what is worth keeping."""
 
+import copy
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from lastgood._events import logger
+from lastgood._loading.per_rank import PerRankRules
 from lastgood.checkpoint_reader import CheckpointReader
 from lastgood.checkpointer import AsyncCheckpointer
 from lastgood.config import CheckpointerConfig
@@ -22,7 +24,7 @@ from lastgood.manager.catalog import read_catalog, step_name
 from lastgood.manager.due import DueDecision
 from lastgood.manager.failures import Failures, OnFailure
 from lastgood.manager.housekeeping import Housekeeping
-from lastgood.manager.parts import discard_checkpointer, end_saves, make_checkpointer, opening_record
+from lastgood.manager.parts import find_coordination, make_checkpointer, opening_record
 from lastgood.manager.preemption import PREEMPTION_SIGNALS, PreemptionNotice
 from lastgood.manager.progress import shown_progress
 from lastgood.manager.random_states import RANDOM_STATES_KEY, take_random_states
@@ -63,7 +65,9 @@ class CheckpointManager:
     :class:`~lastgood.manager.run_log.SaveRecord` of each save that has ended, in a thread of its own.
     ``preemption_signals`` (SIGTERM and SIGUSR1) set :attr:`preempted` instead of ending the process, which only a
     second one of the same kind does; previous handlers are called too, and come back with :meth:`close`.
-    ``grace_secs`` is how long after one the process may still live.
+    ``grace_secs`` is how long after one the process may still live. ``replicated``: the patterns of the key paths of
+    plain tensors that are the same on all ranks, such as ``["model.*", "optimizer.*"]`` under data parallelism: the
+    ranks divide the writing of them, and a save fails where they are not the same.
 
     With several ranks, that is with a default process group, every rank makes a manager, and calls :meth:`is_due`,
     :meth:`save_if_due`, :meth:`save`, :meth:`restore` and :meth:`set_aside` at the same steps: they agree there.
@@ -91,12 +95,15 @@ class CheckpointManager:
         on_save: Callable[[SaveRecord], None] | None = None,
         preemption_signals: Sequence[signal.Signals] = PREEMPTION_SIGNALS,
         grace_secs: float = 30.0,
+        replicated: Sequence[str] = (),
         config: CheckpointerConfig | None = None,
         rank_info: RankInfo | None = None,
         storage: StorageBackend | None = None,
     ) -> None:
         self._root = root_path(root) if storage is not None else os.path.join(os.getcwd(), root_path(root))
-        self._config = CheckpointerConfig() if config is None else config
+        self._config = copy.copy(CheckpointerConfig() if config is None else config)
+        if replicated:
+            self._config.replicated = replicated
         self._schedule = Schedule(every_steps, every_secs, overhead, mean_secs_between_failures)
         self._failures = Failures(on_failure)
         rules = tuple(keep) if isinstance(keep, Sequence) else (keep,)
@@ -110,9 +117,10 @@ class CheckpointManager:
         self._one_of_several = self._ranks.info.global_world_size > 1
         self._is_first = self._ranks.info.global_rank == 0
         self._is_asynchronous = asynchronous
-        self._given_storage = storage
-        self._may_have_missed_a_meeting = False
-        self._checkpointer = make_checkpointer(self._config, self._ranks, storage, asynchronous=asynchronous)
+        coordination = find_coordination(self._config, self._ranks)
+        self._checkpointer = make_checkpointer(
+            self._config, self._ranks, storage, coordination, asynchronous=asynchronous
+        )
         self._housekeeping = Housekeeping()
         self._books = Bookkeeping(self._storage, self._root, rules, self._housekeeping)
         self._restoring = Restoring(
@@ -123,6 +131,7 @@ class CheckpointManager:
             self._books,
             random_states=random_states,
             writer_timeout_secs=self._timeout_secs,
+            job=None if coordination is None else coordination.job,
         )
         self._in_flight: list[SaveInFlight] = []
         self._last_save: SaveInFlight | None = None
@@ -169,7 +178,6 @@ class CheckpointManager:
                 self._failures.raise_if_too_many()
             state_dict.update(self._state_dict(state))
 
-        self._renew_if_one_has_failed()
         on_all(prepare, self._ranks, f"save step {step}", path)
         noted = {"step": step, "saved_at": time.time(), "metrics": metrics}
         save = SaveInFlight(step, path, noted_in_head(noted)["metrics"], self._ended, began=began)
@@ -179,8 +187,6 @@ class CheckpointManager:
         except BaseException:
             self._drop(save)
             raise
-        if self._one_of_several:
-            self._abandon_if_one_did_not_begin(error)
         if isinstance(error, _UNFIT):
             self._drop(save)
             raise error
@@ -197,16 +203,11 @@ class CheckpointManager:
         self, save: SaveInFlight, state_dict: dict[str, Any], noted: dict[str, Any]
     ) -> LastgoodError | None:
         """Hand the save over; returns why that failed, if it did."""
-        while True:
-            earlier = list(self._in_flight)
-            try:
-                with nullcontext() if self._is_asynchronous else shown_progress("saving"):
-                    futures = self._checkpointer.save(save.path, state_dict, **noted)
-                break
-            except LastgoodError as error:
-                # It may be that of a save before this one, which is counted already: then nothing was begun.
-                if not any(other.failed_with(error) for other in earlier):
-                    return error
+        try:
+            with nullcontext() if self._is_asynchronous else shown_progress("saving"):
+                futures = self._checkpointer.save(save.path, state_dict, **noted)
+        except LastgoodError as error:
+            return error
         self._note_returned(save)
         if futures is None:
             save.end(None)
@@ -215,27 +216,6 @@ class CheckpointManager:
             save.over.add_done_callback(lambda done: self._in_flight.remove(save))
             save.follow(*futures)
         return None
-
-    def _renew_if_one_has_failed(self) -> None:
-        """With several ranks: begin anew with the meetings in which they commit, if one may have missed the last."""
-        if not self._one_of_several:
-            return
-        self._wait_for_saves(time.monotonic() + self._config.staging_config.slot_timeout_secs)
-        (is_spoiled,) = self._ranks.any_of(self._may_have_missed_a_meeting)
-        if is_spoiled:
-            logger.warning("a save has failed on one rank or more: all ranks start their checkpoint processes anew")
-            discard_checkpointer(self._checkpointer)
-            self._checkpointer = make_checkpointer(
-                self._config, self._ranks, self._given_storage, asynchronous=self._is_asynchronous
-            )
-            self._may_have_missed_a_meeting = False
-
-    def _abandon_if_one_did_not_begin(self, error: LastgoodError | None) -> None:
-        """The others would wait for that rank until their time is over."""
-        (is_spoiled,) = self._ranks.any_of(error is not None)
-        if is_spoiled:
-            self._may_have_missed_a_meeting = True
-            end_saves(self._checkpointer)
 
     def _note_returned(self, save: SaveInFlight) -> None:
         save.returned()
@@ -256,7 +236,6 @@ class CheckpointManager:
             self._failures.saved()
             in_a_row = 0
         else:
-            self._may_have_missed_a_meeting = True
             self._schedule.failed(now)
             in_a_row = self._failures.failed(save.step, error)
         record = save.record(in_a_row)
@@ -346,27 +325,39 @@ class CheckpointManager:
     # Resuming
 
     def restore(
-        self, state: dict[str, Any], step: int | None = None, *, strict: bool = True, map_location: Any = None
+        self,
+        state: dict[str, Any],
+        step: int | None = None,
+        *,
+        strict: bool = True,
+        map_location: Any = None,
+        per_rank: PerRankRules | None = None,
     ) -> int | None:
         """Load the newest checkpoint that is committed and whole into ``state``; returns its step, or ``None``.
 
         ``None`` means that there is none at all. A checkpoint that is damaged or unfinished is passed over, which the
         log says; a damaged one is set aside under another name, never deleted, once an older one has been loaded. When
         there are checkpoints and none can be used, raises :class:`~lastgood.errors.CorruptCheckpointError`. A save that
-        an earlier process is still writing is waited for (not with several ranks). With ``step``, exactly that one, or
-        its error.
+        an earlier process is still writing is waited for. With ``step``, exactly that one, or its error. With several
+        ranks, a former job that still runs can save nothing under this root from then on: for a look at the
+        checkpoints of a run that goes on, use :class:`~lastgood.checkpoint_reader.CheckpointReader`.
 
         Tensors, parameters and buffers are filled in place; other objects are given their part by ``load_state_dict``;
         plain values are put into ``state``. With ``strict``, the keys of ``state`` and of its modules have to be those
         of the checkpoint (which may hold more beside): otherwise nothing is changed, and an error names them. All bytes
         are verified in the pass that reads them. ``map_location`` is that of ``torch.load``.
+
+        Any number of ranks may have saved, with any layout of sharded tensors (DTensor), which are read into those of
+        ``state``. Where another number of ranks did, ``per_rank`` says which of the values that differ between ranks
+        each one gets (see :meth:`CheckpointReader.read`); without a rule for one of them,
+        :class:`~lastgood.errors.RankMismatchError` is raised before anything is changed.
         """
         self._require_open()
         check_state(state)
         if step is not None:
             check_step_and_metrics(step, None)
         self._wait_for_saves(time.monotonic() + self._timeout_secs)
-        resumed = self._restoring.restore(state, step, strict=strict, map_location=map_location)
+        resumed = self._restoring.restore(state, step, strict=strict, map_location=map_location, per_rank=per_rank)
         self.passed_over = resumed.passed_over
         self._due.forget()
         return resumed.step

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed
 
+from lastgood._coordination.address import from_first
 from lastgood.errors import BarrierTimeoutError, ConfigError, LastgoodError
 from lastgood.types import RankInfo
 
@@ -60,6 +61,8 @@ class ManyRanks:
     def _meeting(self) -> Iterator[None]:
         try:
             yield
+        except LastgoodError:
+            raise
         except RuntimeError as error:
             raise BarrierTimeoutError(
                 f"rank {self.info.global_rank} could not meet the other ranks to decide what to do about checkpoints "
@@ -76,21 +79,8 @@ class ManyRanks:
         return answers
 
     def from_first(self, ask: Callable[[], Answer]) -> Answer:
-        error: Exception | None = None
-        outcome: list[Any] = [None, None]
-        if self.info.global_rank == 0:
-            try:
-                outcome[0] = ask()
-            except Exception as raised:
-                error = raised
-                outcome[1] = f"{type(raised).__name__}: {raised}"
         with self._meeting():
-            torch.distributed.broadcast_object_list(outcome, src=0, group=self._group)
-        if error is not None:
-            raise error
-        if outcome[1] is not None:
-            raise LastgoodError(f"rank 0 failed: {outcome[1]}", rank=0)
-        return outcome[0]  # type: ignore[no-any-return]
+            return from_first(ask, self.info.global_rank, self._group)
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
         votes = torch.tensor([int(flag) for flag in flags])

@@ -4,9 +4,11 @@ import time
 from typing import Any
 
 from lastgood import _events
+from lastgood._coordination.calls import hold_epoch
 from lastgood._events import logger
+from lastgood._loading.per_rank import PerRankRules
 from lastgood.checkpoint_reader import CheckpointReader
-from lastgood.errors import LastgoodError
+from lastgood.errors import LastgoodError, StorageError
 from lastgood.manager.bookkeeping import Bookkeeping
 from lastgood.manager.catalog import Entry, read_catalog, read_entry
 from lastgood.manager.progress import shown_progress
@@ -43,6 +45,7 @@ class Restoring:
         *,
         random_states: bool,
         writer_timeout_secs: float,
+        job: str | None,
     ) -> None:
         self._storage = storage
         self._root = root
@@ -51,8 +54,17 @@ class Restoring:
         self._books = books
         self._random_states = random_states
         self._writer_timeout_secs = writer_timeout_secs
+        self._job = job
 
-    def restore(self, state: dict[str, Any], step: int | None, *, strict: bool, map_location: Any) -> Resumed:
+    def restore(
+        self,
+        state: dict[str, Any],
+        step: int | None,
+        *,
+        strict: bool,
+        map_location: Any,
+        per_rank: PerRankRules | None,
+    ) -> Resumed:
         """Load the newest good checkpoint, or exactly that of ``step``, into ``state``."""
         began = time.perf_counter()
         loader = StateLoader(
@@ -62,6 +74,7 @@ class Restoring:
             random_states=self._random_states,
             strict=strict,
             map_location=map_location,
+            per_rank=per_rank,
         )
         with _events.phase("restore", self._root), shown_progress("loading"):
             entries = self._ranks.from_first(lambda: self._entries(step))
@@ -76,7 +89,11 @@ class Restoring:
 
     def _entries(self, step: int | None) -> list[Entry]:
         if step is None:
-            return find_candidates(self._storage, self._root, writer_timeout_secs=self._writer_timeout_secs)
+            candidates = find_candidates(self._storage, self._root, writer_timeout_secs=self._writer_timeout_secs)
+            if not self._take_over():
+                return candidates
+            # What a former job has committed until then counts; from now on it commits nothing.
+            return find_candidates(self._storage, self._root, writer_timeout_secs=0)
         later = [entry.step for entry in read_catalog(self._storage, self._root).committed if entry.step > step]
         if later:
             logger.warning(
@@ -86,7 +103,19 @@ class Restoring:
                 ", ".join(map(str, later)),
             )
         entry = read_entry(self._storage, self._root, step)
-        return [once_written(self._storage, self._root, entry, self._writer_timeout_secs)]
+        entry = once_written(self._storage, self._root, entry, self._writer_timeout_secs)
+        return [read_entry(self._storage, self._root, step) if self._take_over() else entry]
+
+    def _take_over(self) -> bool:
+        """Let a former job of several ranks, which nobody knows to be gone, publish nothing here any more."""
+        if self._job is None:
+            return False
+        try:
+            hold_epoch(self._storage, self._root, self._job, self._writer_timeout_secs, look=True)
+        except StorageError as error:  # a disk that is read only, say; a save would have to take over all the same
+            logger.warning("a former job is not shut out of %s: %s", self._root, error)
+            return False
+        return True
 
     def _note(self, resumed: Resumed, seconds: float) -> None:
         for passed in resumed.passed_over:

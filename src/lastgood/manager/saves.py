@@ -2,13 +2,11 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from lastgood import _events
 from lastgood.manager.run_log import SaveRecord
-
-_MOMENT_SECS = 10.0
 
 
 class SaveInFlight:
@@ -42,7 +40,6 @@ class SaveInFlight:
         self._durable_secs: float | None = None
         self._phases: dict[str, float] = {}
         self._nbytes: int | None = None
-        self._written: Future[None] | None = None
         self._unsubscribe = _events.subscribe(self._note)
 
     def returned(self) -> None:
@@ -51,7 +48,6 @@ class SaveInFlight:
 
     def follow(self, staged: Future[None], written: Future[None]) -> None:
         """Go on as these futures do."""
-        self._written = written
         staged.add_done_callback(self._note_staged)
         written.add_done_callback(lambda done: self.end(_failure_of(done)))
 
@@ -74,14 +70,6 @@ class SaveInFlight:
     def drop(self) -> None:
         """It never began: the call raises instead."""
         self._unsubscribe()
-
-    def failed_with(self, error: BaseException) -> bool:
-        """Whether this very error is what it failed with."""
-        if self._written is None or not self._written.done():
-            return False
-        # Whoever waits for the future may hear of it a moment before this does.
-        wait([self.over], _MOMENT_SECS)
-        return self.error is error
 
     def record(self, failures_in_a_row: int) -> SaveRecord:
         """All of it for the log; call it when the save is over."""

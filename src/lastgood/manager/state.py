@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from lastgood._loading.targets import TensorsLike
 from lastgood.errors import ConfigError, MissingKeysError, TargetMismatchError
 from lastgood.format.index import join_path, list_position
+from lastgood.sharding.dtensors import dtensor_class, is_dtensor
 
 _SHOWN_KEYS = 5
 
@@ -78,6 +80,8 @@ class StateTarget:
             return value.state_dict()
         if isinstance(value, torch.Tensor):
             return value
+        if is_stateful(value) and dtensor_class() is not None:
+            return _spread_target(value)
         # None stands for: as it was saved.
         if not isinstance(value, (dict, list, tuple)) or not (path == "" or _holds_targets(value)):
             return None
@@ -138,6 +142,38 @@ class StateTarget:
         for key, new in results.items():
             current[key] = new
         return current
+
+
+def _spread_target(value: Any) -> Any:
+    """The target for an object whose state may hold tensors that are spread over ranks.
+
+    These have to be filled in place, or made anew in the same way: as whole ones they may not fit into memory.
+    """
+    if isinstance(value, torch.optim.Optimizer):
+        parameters = [parameter for group in value.param_groups for parameter in group["params"]]
+        if not any(map(is_dtensor, parameters)):
+            return None
+        # Numbered as in the state dict of an optimizer, which has no state to be filled before its first step.
+        return {"state": TensorsLike(dict(enumerate(parameters))), "param_groups": None}
+    state = value.state_dict()
+    return _only_spread(state) if any(True for _ in _spread_in(state)) else None
+
+
+def _spread_in(value: Any) -> Iterator[Any]:
+    if is_dtensor(value):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for _, _, item in _items(value, ""):
+            yield from _spread_in(item)
+
+
+def _only_spread(value: Any) -> Any:
+    """Dicts with the spread tensors in them, and None for everything else."""
+    if is_dtensor(value):
+        return value
+    if isinstance(value, dict):
+        return {key: _only_spread(item) for key, item in value.items()}
+    return None
 
 
 def _holds_targets(value: Any) -> bool:

@@ -3,8 +3,9 @@
 from functools import partial
 from typing import Any
 
+from lastgood._loading.per_rank import PerRankRules, find_rule
 from lastgood.checkpoint_reader import CheckpointReader
-from lastgood.errors import ConfigError, MissingKeysError
+from lastgood.errors import MissingKeysError, RankMismatchError
 from lastgood.manager.catalog import Entry
 from lastgood.manager.random_states import RANDOM_STATES_KEY, set_random_states
 from lastgood.manager.state import StateTarget
@@ -22,7 +23,9 @@ class StateLoader:
         random_states: bool,
         strict: bool,
         map_location: Any,
+        per_rank: PerRankRules | None = None,
     ) -> None:
+        self._per_rank = {} if per_rank is None else per_rank
         self._reader = reader
         self._world_size = world_size
         self._state = state
@@ -35,12 +38,8 @@ class StateLoader:
 
     def read(self, entry: Entry) -> None:
         """Read one; the tensors of the state are filled, or undefined if this raises."""
-        if entry.world_size not in (None, self._world_size):
-            raise ConfigError(
-                f"{entry.path} was saved by {entry.world_size} ranks, and this run has {self._world_size}; start as "
-                "many as it had",
-                path=entry.path,
-            )
+        if self._random_states and entry.world_size == 1 < self._world_size:
+            self._require_rule(entry)
         target = StateTarget(self._state, is_untouched=not self._reads)
         self._reads += 1
         if self._random_states:
@@ -54,8 +53,21 @@ class StateLoader:
             verify_first=not self._strict,
             # Damage in a part that is not asked for is damage, too.
             verify_whole=True,
+            per_rank=self._per_rank,
         )
         self._target = target
+
+    def _require_rule(self, entry: Entry) -> None:
+        """Which are per rank cannot be seen from what one rank has saved; of random states it is known."""
+        if find_rule(self._per_rank, RANDOM_STATES_KEY) is None:
+            raise RankMismatchError(
+                f"{entry.path} was saved by one rank, and this run has {self._world_size}: with the one state of its "
+                "random number generators they would all draw the same numbers. Nothing has been changed. Pass "
+                f"per_rank={{{RANDOM_STATES_KEY!r}: 'leave'}} to go on with the generators as they are, or 'first' to "
+                "give all of them that state.",
+                path=entry.path,
+                phase="restore",
+            )
 
     def _check_keys(self, target: StateTarget, entry: Entry, missing: list[str], unread: list[str]) -> None:
         if RANDOM_STATES_KEY in missing:

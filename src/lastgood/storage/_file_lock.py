@@ -29,10 +29,11 @@ class FileLock:
     """A :class:`~lastgood.storage.base.StorageLock` on a local file; ``descriptor`` is ``None`` where there are no
     locks."""
 
-    def __init__(self, ops: FileOps, path: str, descriptor: int | None) -> None:
+    def __init__(self, ops: FileOps, path: str, descriptor: int | None, *, shared: bool = False) -> None:
         self._ops = ops
         self._path = path
         self._descriptor = descriptor
+        self._shared = shared
 
     def release(self) -> None:
         descriptor, self._descriptor = self._descriptor, None
@@ -40,24 +41,29 @@ class FileLock:
             return
         # Removed while it is still held: who waits for it then finds that its file has no name, and makes a new one.
         try:
-            self._ops.unlink(self._path)
+            if not self._shared or self._is_last(descriptor):
+                self._ops.unlink(self._path)
         except OSError as error:
             logger.warning("could not remove %s (%s): the next save of this name will", self._path, error)
         with contextlib.suppress(OSError):
             self._ops.close(descriptor)
 
+    def _is_last(self, descriptor: int) -> bool:
+        """Whether this was the last to share it; then it has the lock for itself. The last of several finds it so."""
+        return self._ops.lock(descriptor) and _is_named(self._ops, self._path, descriptor)
 
-def try_file_lock(ops: FileOps, path: str) -> FileLock | None:
+
+def try_file_lock(ops: FileOps, path: str, *, shared: bool = False) -> FileLock | None:
     """The lock of the file ``path``, whose directory must be there; ``None`` if another writer, alive, has it."""
     name = lock_file(path)
     for _ in range(_ATTEMPTS):
         descriptor = _open(ops, name)
         try:
-            if not ops.lock(descriptor):
+            if not (ops.lock_shared(descriptor) if shared else ops.lock(descriptor)):
                 ops.close(descriptor)
                 return None
             if _is_named(ops, name, descriptor):
-                return FileLock(ops, name, descriptor)
+                return FileLock(ops, name, descriptor, shared=shared)
         except OSError as error:
             if error.errno not in NOT_SUPPORTED and error.errno != errno.ENOLCK:
                 ops.close(descriptor)

@@ -37,12 +37,12 @@ class StorageInTime:
         write = self._obtain(lambda: self._storage.begin(path, size), undo, "begin", path, _NOTHING)
         return _WriteInTime(write, path, self._call)
 
-    def try_lock(self, path: str) -> StorageLock | None:
+    def try_lock(self, path: str, *, shared: bool = False) -> StorageLock | None:
         def undo(lock: StorageLock | None) -> None:
             if lock is not None:
                 lock.release()
 
-        lock = self._obtain(lambda: self._storage.try_lock(path), undo, "lock", path, _NOTHING)
+        lock = self._obtain(lambda: self._storage.try_lock(path, shared=shared), undo, "lock", path, _NOTHING)
         return None if lock is None else _LockInTime(lock, path, self._call)
 
     def put(self, path: str, data: Buffer) -> None:

@@ -72,11 +72,13 @@ class StorageBackend(Protocol):
         :class:`~lastgood.errors.StorageError` before a byte is written when ``size`` bytes are not available.
         """
 
-    def try_lock(self, path: str) -> StorageLock | None:
+    def try_lock(self, path: str, *, shared: bool = False) -> StorageLock | None:
         """The right to write the file ``path``; ``None`` if another writer has it. Does not wait.
 
-        Makes missing parent directories, as :meth:`begin` does. It keeps apart those who ask for it, not those who do
-        not. A backend that has no locks gives one that keeps nobody apart.
+        With ``shared``, one that any number of others may hold at the same time, if they have asked for it in the same
+        way: it keeps out those who want it for themselves alone. Makes missing parent directories, as :meth:`begin`
+        does. It keeps apart those who ask for it, not those who do not. A backend that has no locks gives one that
+        keeps nobody apart.
         """
 
     def put(self, path: str, data: Buffer) -> None:

@@ -123,8 +123,11 @@ class FileOps(Protocol):
         """Take the file's exclusive lock without waiting; returns whether it was free.
 
         The lock lives as long as the descriptor, so the kernel frees it when the process dies. Raises ``OSError``
-        where there are no locks.
+        where there are no locks. A descriptor that holds the shared lock gives that up, even if this returns False.
         """
+
+    def lock_shared(self, descriptor: int) -> bool:
+        """Like :meth:`lock`, for one that any number of holders may have, but none while somebody has it alone."""
 
 
 def _not_supported(what: str) -> OSError:
@@ -306,8 +309,15 @@ class OsFileOps:
         return result.f_bavail * result.f_frsize if result.f_blocks else None
 
     def lock(self, descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        return _flock(descriptor, fcntl.LOCK_EX)
+
+    def lock_shared(self, descriptor: int) -> bool:
+        return _flock(descriptor, fcntl.LOCK_SH)
+
+
+def _flock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

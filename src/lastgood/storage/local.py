@@ -40,7 +40,7 @@ class LocalStorage:
             raise ConfigError(f"a file cannot have {size} bytes", path=path)
         return begin_durable_write(self._ops, _absolute(path), size)
 
-    def try_lock(self, path: str) -> FileLock | None:
+    def try_lock(self, path: str, *, shared: bool = False) -> FileLock | None:
         absolute = _absolute(path)
         directory = os.path.dirname(absolute)
         with translated("locking", path, phase="lock"):
@@ -49,7 +49,7 @@ class LocalStorage:
                 if missing:
                     make_directories(self._ops, existing, missing)
                 with contextlib.suppress(FileNotFoundError):  # somebody has just removed the empty directory
-                    return try_file_lock(self._ops, absolute)
+                    return try_file_lock(self._ops, absolute, shared=shared)
             return None
 
     def put(self, path: str, data: Buffer) -> None:

@@ -275,6 +275,25 @@ class StorageBackendTests:
         assert (self.storage.try_lock(self.path("file")) is None) == self.has_locks
         second.release()
 
+    def test_a_shared_lock_is_shared_by_those_who_ask_for_it_so_and_by_nobody_else(self) -> None:
+        path = self.path("directory/that/is/new/file")
+        first = self.storage.try_lock(path, shared=True)
+        second = self.storage.try_lock(path, shared=True)
+        assert first is not None
+        assert second is not None
+        for lock in (first, second):
+            assert (self.storage.try_lock(path) is None) == self.has_locks
+            lock.release()
+        assert self.storage.list(self.path("directory/that/is/new")) == []
+        alone = self.storage.try_lock(path)
+        assert alone is not None
+        assert (self.storage.try_lock(path, shared=True) is None) == self.has_locks
+        alone.release()
+        again = self.storage.try_lock(path, shared=True)
+        assert again is not None
+        again.release()
+        again.release()
+
     def test_a_lock_is_of_one_file_and_no_file_itself(self) -> None:
         self.storage.put(self.path("file"), _OLD)
         locks = [self.storage.try_lock(self.path(name)) for name in ("file", "other")]

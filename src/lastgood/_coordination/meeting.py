@@ -1,0 +1,110 @@
+"""One meeting of all ranks over a store: each comes, or gives up for all; the first decision stands."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a meeting ended: all came, if ``reason`` is ``None``; otherwise why not, and who is to blame for it."""
+
+    reason: str | None = None
+    missing: tuple[int, ...] = ()
+
+    def encode(self) -> str:
+        """For the store, never empty."""
+        return json.dumps({"reason": self.reason, "missing": self.missing})
+
+    @staticmethod
+    def decode(data: bytes) -> "Outcome":
+        found = json.loads(data)
+        return Outcome(found["reason"], tuple(found["missing"]))
+
+
+ALL_CAME = Outcome()
+
+_ALL_CAME = "all came"
+_GIVEN_UP = "given up"
+
+
+class Meeting:
+    """A rank's view of one meeting, whose keys in ``store`` begin with ``prefix``.
+
+    Raises what the store raises; only :meth:`wait` waits.
+    """
+
+    def __init__(self, store: Any, prefix: str, rank: int, world_size: int) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._rank = rank
+        self._world_size = world_size
+
+    def key(self, *what: object) -> str:
+        """The name of something that belongs to this meeting."""
+        return "/".join(map(str, (self._prefix, *what)))
+
+    def arrive(self) -> int:
+        """Count this rank in; returns how many have come, or 0 if this rank has been here before.
+
+        Whoever finds that all have come decides so (:meth:`decide`).
+        """
+        if int(self._store.add(self.key("came", self._rank), 1)) > 1:
+            return 0
+        return int(self._store.add(self.key("number"), 1))
+
+    def decide(self, outcome: Outcome) -> None:
+        """Fix the outcome for all ranks, unless it has been fixed before, and wake those that wait for it."""
+        if outcome.reason is not None:
+            # If two give up at once, either reason is as good.
+            self._store.set(self.key("account"), outcome.encode())
+        self._store.compare_set(self.key("outcome"), "", _ALL_CAME if outcome.reason is None else _GIVEN_UP)
+        # Not every backend of the store wakes waiters at compare_set.
+        self._store.add(self.key("decided"), 1)
+
+    @property
+    def is_decided(self) -> bool:
+        return bool(self._store.check([self.key("decided")]))
+
+    def wait(self, timeout_secs: float) -> None:
+        """Return once there is an outcome."""
+        self._store.wait([self.key("decided")], timedelta(seconds=timeout_secs))
+
+    def outcome(self) -> Outcome:
+        """That which was decided."""
+        if self._store.get(self.key("outcome")) != _GIVEN_UP.encode():
+            return ALL_CAME
+        return Outcome.decode(self._store.get(self.key("account")))
+
+    def missing(self) -> tuple[int, ...]:
+        """The ranks that have not come."""
+        return self._missing(range(self._world_size))
+
+    def _missing(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """The store says only whether all of several keys are there: halve."""
+        if self._store.check([self.key("came", rank) for rank in ranks]):
+            return ()
+        if len(ranks) == 1:
+            return tuple(ranks)
+        half = len(ranks) // 2
+        return self._missing(ranks[:half]) + self._missing(ranks[half:])
+
+    def forget(self) -> None:
+        """Take back that this rank came; for a meeting that everybody has left."""
+        self._store.delete_key(self.key("came", self._rank))
+
+    def forget_all(self) -> None:
+        """Remove what belongs to no single rank; for rank 0, when everybody has left."""
+        for what in ("number", "outcome", "account", "decided"):
+            self._store.delete_key(self.key(what))
+
+
+def rank_list(ranks: Sequence[int], at_most: int = 16) -> str:
+    """In words; very many are cut off."""
+    if not ranks:
+        return ""
+    listed = ", ".join(map(str, ranks[:at_most]))
+    more = f" and {len(ranks) - at_most} more" if len(ranks) > at_most else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}{more}"

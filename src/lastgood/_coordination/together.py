@@ -1,0 +1,409 @@
+"""One rank's part in the commits of a checkpointer: it votes, and rank 0 counts."""
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+
+from lastgood import _events
+from lastgood._coordination.calls import Coordination, SaveCall, SaveCalls, hold_epoch, root_of
+from lastgood._coordination.connection import (
+    ANSWER_SECS,
+    Connection,
+    StoreTimeoutError,
+    StoreUnreachableError,
+    serve,
+)
+from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, rank_list
+from lastgood.errors import BarrierTimeoutError, ConfigError, CorruptCheckpointError, LastgoodError, StorageError
+from lastgood.format.archive import open_archive
+from lastgood.format.commit import read_manifest
+from lastgood.format.epoch import Epoch, check_epoch, publishing
+from lastgood.format.manifest import checkpoint_file, encode_manifest, manifest_file
+from lastgood.format.vote import Ballot, ballot_of, tally
+from lastgood.storage.base import StorageBackend
+
+ReplicaChecksums = Callable[[], Sequence[int]]
+"""Gives the CRC-32s of the tensors that have to be the same on all ranks, in the order of their names."""
+
+_FAREWELL_SECS = 5.0
+_VOTES_AT_ONCE = 512
+_SAVES_REMEMBERED = 64
+_GIVEN_UP = "given up"
+_RANK_0_IS_GONE = "; rank 0's checkpoint process, or rank 0 itself, has ended or is cut off"
+
+
+class Coordinator:
+    """Makes a rank's parts of saves, one after the other. On rank 0 it serves the store, until :meth:`close`."""
+
+    def __init__(self, coordination: Coordination, timeout_secs: float) -> None:
+        self.coordination = coordination
+        self._calls = SaveCalls(coordination)
+        self._timeout_secs = timeout_secs
+        self._server = None if coordination.listener is None else serve(coordination.listener)
+        self._connection = Connection(
+            coordination.host, coordination.port, served_here=coordination.listener is not None
+        )
+        self._former: deque[str] = deque(maxlen=_SAVES_REMEMBERED)
+        self._last: SaveTogether | None = None
+
+    def save(self, call: SaveCall | None, path: str, storage: StorageBackend) -> "SaveTogether":
+        """This rank's part in a save, which has not begun; without a ``call``, it is asked for at this moment."""
+        call = self._calls.new(path) if call is None else call
+        self._former.extend(save_id for save_id in call.former if save_id not in self._former)
+        self._last = SaveTogether(
+            self.coordination, self._connection, call, path, storage, self._timeout_secs, self._former
+        )
+        return self._last
+
+    def close(self) -> None:
+        """Rank 0 waits a moment, until all others know how the last save ended; then its store is gone."""
+        if self._last is not None:
+            self._last.wait_until_all_know()
+        self._connection.close()
+        self._server = None
+        self.coordination.close()
+
+
+class SaveTogether:
+    """One rank's part in one save, in this order: :meth:`begin`, :meth:`publication`, :meth:`vote`, :meth:`commit`.
+
+    :meth:`give_up` may come at any time, and ends the save for all ranks, unless it is decided.
+    """
+
+    def __init__(
+        self,
+        coordination: Coordination,
+        connection: Connection,
+        call: SaveCall,
+        path: str,
+        storage: StorageBackend,
+        timeout_secs: float,
+        former: deque[str],
+    ) -> None:
+        self.save_id = call.save_id
+        self._rank, self._world_size = coordination.rank, coordination.world_size
+        self._connection = connection
+        self._job = coordination.job
+        self._call = call
+        self._epoch = call.epoch
+        self._path = path
+        self._root = root_of(path)
+        self._storage = storage
+        self._timeout_secs = timeout_secs
+        self._former = former
+        self._is_told = False
+        """Whether the others know how it ended, as far as that is up to this rank."""
+        self._has_heard = False
+        self._is_open = False
+        self._is_cut_off = False
+        self._is_over = False
+
+    # Up to the vote
+
+    def begin(self) -> None:
+        """For rank 0, when it has the lock of its file: from now on the others may publish theirs.
+
+        Raises :class:`~lastgood.errors.SupersededError` if another job has taken over.
+        """
+        if self._rank != 0:
+            return
+        if self._epoch is None:
+            self._epoch = hold_epoch(self._storage, self._root, self._job, self._timeout_secs, look=False)
+        check_epoch(self._storage, self._root, self._epoch)
+        self._open()
+        opening = msgspec.json.encode(self._epoch).decode()
+        self._ask(lambda store: store.set(self._key("opened"), opening), ANSWER_SECS)
+
+    def _open(self) -> None:
+        if self._is_open:
+            return
+        try:
+            self._connection.open(self._timeout_secs)
+        except StoreUnreachableError as error:
+            raise self._broken(error) from error
+        self._is_open = True
+        self._ask(self._tell_former_failures, self._timeout_secs)
+
+    def _tell_former_failures(self, store: Any) -> None:
+        for save_id, reason in self._call.failed:
+            if not is_decided_in(store, save_id):
+                give_up_in(store, save_id, Outcome(reason, (self._rank,)))
+
+    @contextmanager
+    def publication(self) -> Iterator[None]:
+        """While the block runs, this rank's file may be given its name: no other job has taken over."""
+        epoch = self._epoch or self._wait_for_epoch()
+        with publishing(self._storage, self._root, epoch, self._timeout_secs):
+            yield
+
+    def _wait_for_epoch(self) -> Epoch:
+        self._open()
+        opened = self._key("opened")
+        if not self._came(opened, self._timeout_secs):
+            self._give_up(Outcome(f"rank {self._rank} waited {self._timeout_secs:g} s for rank 0 to begin", (0,)))
+            self._raise_unless_all_came()
+        found = self._ask(lambda store: store.get(opened), ANSWER_SECS)
+        if found == _GIVEN_UP.encode():
+            self._raise_unless_all_came()
+        return msgspec.json.decode(found, type=Epoch)
+
+    def vote(self, replica_checksums: ReplicaChecksums | None = None) -> None:
+        """This rank's file stands under its name: tell what is in it. Returns once every rank has voted.
+
+        Raises :class:`~lastgood.errors.BarrierTimeoutError` if one gave up, or did not come in time.
+        """
+        ballot = self._ballot(replica_checksums)
+        try:
+            self._cast(ballot)
+            self._wait_for_all()
+        except BarrierTimeoutError:
+            # Rank 0 may have had this vote, with all others, and have committed before it was lost.
+            if not (self._is_cut_off and self._is_committed()):
+                raise
+            self._is_over = True
+
+    def _ballot(self, replica_checksums: ReplicaChecksums | None) -> Ballot:
+        with closing(self._storage.open(checkpoint_file(self._path, self._rank))) as file:
+            archive = open_archive(file)
+            if archive is None:
+                raise self._not_mine()
+            return ballot_of(archive, self.save_id, replica_checksums() if replica_checksums else ())
+
+    def _cast(self, ballot: Ballot) -> None:
+        def put(store: Any) -> int:
+            for digest, table in ballot.tables.items():
+                if not store.check([_table(digest)]):
+                    store.set(_table(digest), table)
+            store.set(self._key("vote", self._rank), ballot.vote)
+            return self._meeting(store).arrive()
+
+        number = self._ask(put, self._timeout_secs)
+        if number == 0:
+            raise ConfigError(
+                f"rank {self._rank} has voted in this save of {self._path} before: another process runs as the same "
+                "rank. The checkpoint is not committed, earlier ones are untouched. End that process, and restart all "
+                "ranks together.",
+                path=self._path,
+                rank=self._rank,
+                phase="vote",
+            )
+        if number == self._world_size:
+            self._ask(lambda store: self._meeting(store).decide(ALL_CAME), ANSWER_SECS)
+
+    def _wait_for_all(self) -> None:
+        if not self._came(self._key("decided"), self._timeout_secs):
+            missing = self._ask(lambda store: self._meeting(store).missing(), self._timeout_secs)
+            # If none is: the last one came this very moment, or ended before it could say so.
+            waited = f"rank {self._rank} waited {self._timeout_secs:g} s for {rank_list(missing)}"
+            self._give_up(Outcome(waited, missing) if missing else ALL_CAME)
+        self._raise_unless_all_came()
+        self._ask(self._forget_former, self._timeout_secs)
+
+    def _raise_unless_all_came(self) -> None:
+        outcome = self._ask(lambda store: self._meeting(store).outcome(), ANSWER_SECS)
+        if outcome.reason is not None:
+            self._is_told = True
+            self._hear()
+            raise self._error(outcome.reason, outcome.missing)
+
+    def _forget_former(self, store: Any) -> None:
+        """All have voted in this save: they are done with those before it."""
+        while self._former:
+            save_id = self._former.popleft()
+            meeting = Meeting(store, _save(save_id), self._rank, self._world_size)
+            meeting.forget()
+            store.delete_key(meeting.key("vote", self._rank))
+            if self._rank == 0:
+                meeting.forget_all()
+                for what in ("opened", "result", "heard", "all heard"):
+                    store.delete_key(meeting.key(what))
+
+    # The commit
+
+    def commit(self) -> None:
+        """Rank 0 publishes the manifest; the others return once it has, or raise what kept it from that."""
+        if self._is_over:
+            return
+        if self._rank == 0:
+            self._publish_manifest()
+        else:
+            self._wait_for_manifest()
+
+    def _publish_manifest(self) -> None:
+        assert self._epoch is not None, "rank 0 has begun the save"
+        manifest = tally(self._collect_votes(), self._fetch_table, self.save_id)
+        with publishing(self._storage, self._root, self._epoch, self._timeout_secs):
+            self._storage.put_if_absent(manifest_file(self._path), encode_manifest(manifest))
+        # It is committed, whether or not the others can be told: they look for the manifest themselves then.
+        self._is_told = True
+        with contextlib.suppress(BarrierTimeoutError):
+            self._ask(lambda store: self._tell_result(store, ALL_CAME), ANSWER_SECS)
+
+    def _collect_votes(self) -> list[bytes]:
+        keys = [self._key("vote", rank) for rank in range(self._world_size)]
+        votes: list[bytes] = []
+        for first in range(0, self._world_size, _VOTES_AT_ONCE):
+            votes += self._get_several(keys[first : first + _VOTES_AT_ONCE])
+        return votes
+
+    def _get_several(self, keys: list[str]) -> list[bytes]:
+        values: list[bytes] = self._ask(lambda store: store.multi_get(keys), self._timeout_secs)
+        return values
+
+    def _fetch_table(self, digest: str) -> bytes:
+        table: bytes = self._ask(lambda store: store.get(_table(digest)), self._timeout_secs)
+        return table
+
+    def _wait_for_manifest(self) -> None:
+        result = self._key("result")
+        try:
+            if self._came(result, self._timeout_secs):
+                outcome = Outcome.decode(self._ask(lambda store: store.get(result), ANSWER_SECS))
+                self._hear()
+            else:
+                outcome = Outcome(f"rank 0 had all votes, and has not committed within {self._timeout_secs:g} s", (0,))
+        except BarrierTimeoutError as error:
+            outcome = Outcome(f"{error.__cause__}{_RANK_0_IS_GONE}", (0,))
+        self._is_told = True
+        if outcome.reason is not None and not self._is_committed():
+            raise self._error(outcome.reason, outcome.missing)
+
+    def _is_committed(self) -> bool:
+        """Whether the manifest is there. Only rank 0 can say more, and it does not."""
+        try:
+            manifest = read_manifest(self._storage, self._path)
+        except (CorruptCheckpointError, StorageError):
+            return False
+        return manifest is not None and manifest.save_id == self.save_id
+
+    # Failures
+
+    def give_up(self, error: BaseException) -> None:
+        """This rank's part has failed: tell the others, unless they know. Takes seconds at most, and never raises."""
+        if self._is_told:
+            return
+        try:
+            self._connection.open(ANSWER_SECS)
+            self._is_open = True
+            self._give_up(given_up_by(self._rank, error))
+            self._hear()
+        except (StoreUnreachableError, LastgoodError) as failure:
+            _events.logger.warning(
+                "could not tell the other ranks that the save to %s failed here (%s)", self._path, failure
+            )
+
+    def _give_up(self, outcome: Outcome) -> None:
+        self._ask(lambda store: give_up_in(store, self.save_id, outcome, self), ANSWER_SECS)
+
+    def _tell_result(self, store: Any, outcome: Outcome) -> None:
+        store.set(self._key("result"), outcome.encode())
+
+    def tell_all(self, store: Any, outcome: Outcome) -> None:
+        """For rank 0, after all have voted: the others wait for what it says last."""
+        if self._rank == 0 and outcome.reason is not None:
+            self._tell_result(store, outcome)
+
+    def _hear(self) -> None:
+        """Rank 0 may leave once everybody knows how it ended."""
+        if self._rank == 0 or self._has_heard:
+            return
+        self._has_heard = True
+        with contextlib.suppress(BarrierTimeoutError):
+            self._ask(lambda store: hear_in(store, self.save_id, self._world_size), ANSWER_SECS)
+
+    def wait_until_all_know(self) -> None:
+        """For rank 0, whose store the others are reading; a moment at most."""
+        if self._rank != 0 or not self._is_open or self._world_size == 1:
+            return
+        with contextlib.suppress(BarrierTimeoutError):
+            self._came(self._key("all heard"), _FAREWELL_SECS)
+
+    # Words
+
+    def _ask(self, use: Callable[[Any], Any], timeout_secs: float) -> Any:
+        try:
+            return self._connection.call(use, timeout_secs)
+        except (StoreUnreachableError, StoreTimeoutError) as error:
+            raise self._broken(error) from error
+
+    def _came(self, key: str, timeout_secs: float) -> bool:
+        """Wait until something is in the store; whether it came in time."""
+        try:
+            self._connection.call(lambda store: store.wait([key], timedelta(seconds=timeout_secs)), timeout_secs)
+        except StoreTimeoutError:
+            return False
+        except StoreUnreachableError as error:
+            raise self._broken(error) from error
+        return True
+
+    def _meeting(self, store: Any) -> Meeting:
+        return Meeting(store, _save(self.save_id), self._rank, self._world_size)
+
+    def _key(self, *what: object) -> str:
+        return "/".join(map(str, (_save(self.save_id), *what)))
+
+    def _broken(self, error: StoreUnreachableError | StoreTimeoutError) -> BarrierTimeoutError:
+        self._is_told = self._is_cut_off = True  # nobody can be told anything now
+        return self._error(f"{error}{_RANK_0_IS_GONE}", (0,))
+
+    def _error(self, reason: str, missing: tuple[int, ...]) -> BarrierTimeoutError:
+        where = f" Look at the log of {rank_list(missing)}." if missing and missing != (self._rank,) else ""
+        return BarrierTimeoutError(
+            f"rank {self._rank} could not commit the checkpoint {self._path} of {self._world_size} ranks with the "
+            f"others: {reason.rstrip('.')}. The checkpoint is not committed, unless its manifest is there; "
+            f"earlier ones are untouched.{where}",
+            missing_ranks=missing,
+            path=self._path,
+            rank=self._rank,
+            phase="commit",
+        )
+
+    def _not_mine(self) -> CorruptCheckpointError:
+        name = os.path.join(self._path, os.path.basename(checkpoint_file("", self._rank)))
+        return CorruptCheckpointError(
+            f"{name} is not the file that rank {self._rank} has just written there; the checkpoint is not committed. "
+            "Does another job save to the same directory?",
+            path=name,
+            rank=self._rank,
+            phase="vote",
+        )
+
+
+def given_up_by(rank: int, error: BaseException) -> Outcome:
+    """What the others are told."""
+    return Outcome(f"rank {rank} gave up: {type(error).__name__}: {error}", (rank,))
+
+
+def give_up_in(store: Any, save_id: str, outcome: Outcome, save: SaveTogether | None = None) -> None:
+    """End a save for all ranks that have not been told another outcome, wherever they wait."""
+    meeting = Meeting(store, _save(save_id), 0, 0)
+    meeting.decide(outcome)
+    if outcome.reason is not None and not store.check([meeting.key("opened")]):
+        store.set(meeting.key("opened"), _GIVEN_UP)
+    if save is not None and save.save_id == save_id:
+        save.tell_all(store, outcome)
+
+
+def hear_in(store: Any, save_id: str, world_size: int) -> None:
+    """Count one rank, other than rank 0, that knows how a save ended; rank 0 may leave when all do."""
+    if int(store.add(f"{_save(save_id)}/heard", 1)) == world_size - 1:
+        store.set(f"{_save(save_id)}/all heard", "1")
+
+
+def is_decided_in(store: Any, save_id: str) -> bool:
+    """Whether all ranks know, or can know, how the votes for a save ended."""
+    return Meeting(store, _save(save_id), 0, 0).is_decided
+
+
+def _save(save_id: str) -> str:
+    return f"save/{save_id}"
+
+
+def _table(digest: str) -> str:
+    return f"tables/{digest}"

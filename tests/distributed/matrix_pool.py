@@ -1,0 +1,83 @@
+"""Processes that become the ranks of one process group after another."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import matrix_ranks
+from tests.helpers.workers import Worker
+
+
+class Ranks:
+    """Processes that do the same things at the same time."""
+
+    def __init__(self, workers: list[Worker]) -> None:
+        self.workers = workers
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What it returns on each rank; raises the first error once all have ended."""
+        for worker in self.workers:
+            worker.start(function, *arguments)
+        return self._results()
+
+    def join(self, rendezvous: str) -> None:
+        """Become one process group."""
+        for rank, worker in enumerate(self.workers):
+            worker.start(matrix_ranks.join, rank, len(self.workers), rendezvous)
+        self._results()
+
+    def _results(self) -> list[Any]:
+        results, errors = [], []
+        for rank, worker in enumerate(self.workers):
+            try:
+                results.append(worker.result())
+            except Exception as error:
+                error.add_note(f"on rank {rank} of {len(self.workers)}")
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return results
+
+
+class Pool:
+    """As many processes as the largest group needs, started when they are first needed."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._workers: list[Worker] = []
+        self._joined: Ranks | None = None
+        self._groups = 0
+
+    def ranks(self, world_size: int) -> Ranks:
+        """Processes that are the ranks of a group of this size, and of no other."""
+        if self._joined is not None and len(self._joined.workers) == world_size:
+            return self._joined
+        self.disband()
+        while len(self._workers) < world_size:
+            self._workers.append(Worker())
+        ranks = Ranks(self._workers[:world_size])
+        self._groups += 1
+        ranks.join(str(self._scratch / f"group-{self._groups}"))
+        self._joined = ranks
+        return ranks
+
+    def alone(self) -> Ranks:
+        """One process that is in no group."""
+        self.disband()
+        if not self._workers:
+            self._workers.append(Worker())
+        ranks = Ranks(self._workers[:1])
+        ranks.call(matrix_ranks.prepare)
+        return ranks
+
+    def disband(self) -> None:
+        """End the process group, if there is one, and close what its ranks have opened."""
+        joined, self._joined = self._joined, None
+        if joined is None:
+            joined = Ranks(self._workers[:1])
+        joined.call(matrix_ranks.leave)
+
+    def kill(self) -> None:
+        """End all processes."""
+        for worker in self._workers:
+            worker.kill()

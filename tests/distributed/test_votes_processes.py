@@ -1,0 +1,230 @@
+"""Ranks that vote, each a trainer with a checkpoint process: what happens to all when something happens to one."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.distributed import voting_ranks as ranks
+from tests.distributed.voting_ranks import order
+from tests.helpers.saves import assert_state, contents, read
+from tests.helpers.workers import Worker
+from tests.survival.traces import ProcessEnd
+
+from lastgood.errors import UncommittedCheckpointError
+from lastgood.format.manifest import checkpoint_file
+from lastgood.storage.local import LocalStorage
+
+
+class Job:
+    """Trainers of one training, which have no process group any more when they save."""
+
+    def __init__(self, world_size: int, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.orders = folder / "orders"
+        self.ranks = [Worker() for _ in range(world_size)]
+        for rank, worker in enumerate(self.ranks):
+            worker.start(ranks.set_up, rank, world_size, str(folder / "rendezvous"), str(self.orders))
+        self.processes = [worker.result() for worker in self.ranks]
+
+    def save(self, path: Path, number: int) -> list[str]:
+        """How it ended on each rank."""
+        self.start(path, number)
+        return self.outcomes()
+
+    def start(self, path: Path, number: int, **wishes: str) -> None:
+        for rank, worker in enumerate(self.ranks):
+            wish = wishes.get(f"rank_{rank}")
+            if wish is None:
+                worker.start(ranks.save, str(path), number + rank)
+            else:
+                worker.start(ranks.save_wishing, str(path), number + rank, wish)
+
+    def outcomes(self) -> list[str]:
+        return [worker.result() for worker in self.ranks]
+
+    def assert_saves(self, path: Path, number: int) -> None:
+        assert self.save(path, number) == ["saved"] * len(self.ranks)
+        for rank in range(len(self.ranks)):
+            assert_state(read(path, rank, len(self.ranks)), number + rank)
+
+    def kill(self) -> None:
+        for worker in self.ranks:
+            worker.kill()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    job = Job(3, tmp_path_factory.mktemp("three"))
+    yield job
+    for worker in job.ranks:
+        worker.start(ranks.close)
+    for worker in job.ranks:
+        worker.result()
+    job.kill()
+
+
+def assert_not_committed(path: Path, world_size: int) -> None:
+    assert not (path / "manifest.json").exists()
+    for rank in range(world_size):
+        with pytest.raises((UncommittedCheckpointError, FileNotFoundError)):
+            read(path, rank, world_size)
+
+
+def test_hazard_28_ranks_commit_without_any_collective_of_the_training(three: Job, tmp_path: Path) -> None:
+    """There is no process group at all."""
+    for step in (1, 2):
+        three.assert_saves(tmp_path / f"step-{step}", step)
+    assert json.loads((tmp_path / "lastgood-epoch.json").read_text())["epoch"]["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "operation", "what"),
+    [
+        ("kill", "open_exclusive", "before it has begun to write its file"),
+        ("kill", "pwrite", "in the middle of it"),
+        ("kill after", "replace", "when its file has its name"),
+    ],
+)
+def test_hazard_26_a_rank_whose_process_is_killed_ends_the_save_of_all_at_once(
+    three: Job, tmp_path: Path, verb: str, operation: str, what: str
+) -> None:
+    """The others would wait ten minutes. Nothing is begun anew on any other rank."""
+    before = [worker.call(ranks.process) for worker in three.ranks]
+    three.assert_saves(tmp_path / "step-1", 1)
+    path = tmp_path / "step-2"
+    order(three.orders, 1, verb, operation, "checkpoint_1.pt")
+    told = three.save(path, 2)
+    assert told[1].startswith("CheckpointProcessError: Child process terminated unexpectedly")
+    for rank in (0, 2):
+        assert told[rank].startswith("BarrierTimeoutError")
+        assert "rank 1 gave up: CheckpointProcessError: Child process terminated unexpectedly" in told[rank], what
+        assert "SIGKILL" in told[rank]
+    assert_not_committed(path, 3)
+    three.assert_saves(tmp_path / "step-3", 3)
+    three.assert_saves(path, 4)  # over what the dead has left
+    after = [worker.call(ranks.process) for worker in three.ranks]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_the_process_of_rank_0_killed_before_the_manifest_fails_that_save_alone(three: Job, tmp_path: Path) -> None:
+    """With it goes the store in which the ranks meet; the next process of rank 0 serves one at the same address."""
+    before = [worker.call(ranks.process) for worker in three.ranks]
+    path = tmp_path / "step-1"
+    order(three.orders, 0, "kill", "link", "manifest.json")
+    told = three.save(path, 1)
+    assert told[0].startswith("CheckpointProcessError: Child process terminated unexpectedly")
+    for rank in (1, 2):
+        assert told[rank].startswith("BarrierTimeoutError")
+        assert "rank 0's checkpoint process, or rank 0 itself, has ended" in told[rank]
+    assert sorted(name for name in contents(path) if name.startswith("checkpoint")) == [
+        f"checkpoint_{rank}.pt" for rank in range(3)
+    ]
+    assert_not_committed(path, 3)
+    three.assert_saves(tmp_path / "step-2", 2)
+    three.assert_saves(path, 3)
+    after = [worker.call(ranks.process) for worker in three.ranks]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [False, True, True]
+
+
+def test_the_process_of_rank_0_killed_after_the_manifest_leaves_a_checkpoint(three: Job, tmp_path: Path) -> None:
+    """What the others say is what is on disk, though nobody could tell them."""
+    path = tmp_path / "step-1"
+    order(three.orders, 0, "kill after", "link", "manifest.json")
+    told = three.save(path, 1)
+    assert told[0].startswith("CheckpointProcessError")
+    assert told[1:] == ["saved", "saved"]
+    for rank in range(3):
+        assert_state(read(path, rank, 3), 1 + rank)
+    three.assert_saves(tmp_path / "step-2", 2)
+
+
+def test_hazard_26_what_a_rank_fails_with_is_what_all_fail_with(three: Job, tmp_path: Path) -> None:
+    path = tmp_path / "step-1"
+    three.start(path, 1, rank_2="no")
+    told = three.outcomes()
+    assert told[2].startswith("ValueError: this rank's hook says no")
+    for rank in (0, 1):
+        assert told[rank].startswith("BarrierTimeoutError")
+        assert "rank 2 gave up: ValueError: this rank's hook says no" in told[rank]
+    assert_not_committed(path, 3)
+
+    order(three.orders, 1, "fail", "pwrite", "checkpoint_1.pt")
+    told = three.save(path, 2)
+    assert told[1].startswith("StorageError")
+    for rank in (0, 2):
+        assert "rank 1 gave up: StorageError" in told[rank]
+        assert "not enough space" in told[rank]
+    assert_not_committed(path, 3)
+
+    # Its checkpoint process never hears of it.
+    for rank, worker in enumerate(three.ranks):
+        worker.start(ranks.save_what_cannot_be if rank == 0 else ranks.save, str(path), 3 + rank)
+    told = three.outcomes()
+    assert told[0].startswith("UnsupportedStateError")
+    for rank in (1, 2):
+        assert "rank 0 gave up: UnsupportedStateError" in told[rank]
+        assert "'lock'" in told[rank]
+    assert_not_committed(path, 3)
+    three.assert_saves(path, 4)
+
+
+# Jobs that come to an end
+
+
+@pytest.fixture
+def start_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    jobs: list[Job] = []
+
+    def start(world_size: int = 2) -> Job:
+        jobs.append(Job(world_size, tmp_path_factory.mktemp("job")))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+def test_hazard_29_a_stopped_job_that_goes_on_when_another_has_taken_over_publishes_nothing(
+    start_job: Any, tmp_path: Path
+) -> None:
+    """Then its successor dies too, right after it has staged: its checkpoint processes commit among themselves."""
+    old, path = start_job(), tmp_path / "step-2"
+    old.assert_saves(tmp_path / "step-1", 1)
+    # Rank 1's bytes are durable, and have no name; its process stops there. Rank 0 waits for its vote.
+    old.ranks[0].call(ranks.stage, str(path), 2)
+    old.ranks[1].call(ranks.stage, str(path), 3, "wait")
+    place, name, seen = old.ranks[1].call(ranks.at_gate)
+    assert (place, name, seen) == ("pre_commit", str(path), ["wish"])  # no hook sees what the ranks tell each other
+    os.kill(old.processes[1], signal.SIGSTOP)
+    # Whoever resumes waits for this lock, and then takes over.
+    assert LocalStorage().try_lock(checkpoint_file(str(path), 0)) is None
+
+    young = start_job()
+    young.assert_saves(tmp_path / "step-3", 5)
+    old.ranks[1].call(ranks.open_gate)
+    os.kill(old.processes[1], signal.SIGCONT)
+    assert old.ranks[1].call(ranks.outcome).startswith("SupersededError: another job has taken over")
+    told = old.ranks[0].call(ranks.outcome)
+    assert told.startswith("BarrierTimeoutError")
+    assert "rank 1 gave up: SupersededError: another job has taken over" in told
+    assert not (path / "checkpoint_1.pt").exists()
+    assert_not_committed(path, 2)
+    for told in old.save(tmp_path / "step-4", 7):
+        assert "another job has taken over" in told
+    assert list((tmp_path / "step-4").glob("checkpoint_*")) == []
+
+    # Rank 0 is killed while rank 1 has not even begun, and rank 1 once it has staged.
+    ends = [ProcessEnd(pid) for pid in young.processes]
+    for rank, worker in enumerate(young.ranks):
+        worker.call(ranks.stage, str(path), 20 + rank)
+        worker.kill()
+    for end in ends:
+        with end:
+            assert end.wait()
+    assert sorted(contents(path)) == ["checkpoint_0.pt", "checkpoint_1.pt", "manifest.json"]
+    for rank in range(2):
+        assert_state(read(path, rank, 2), 20 + rank)

@@ -1,0 +1,79 @@
+"""Ranks that are threads of the test's process, and vote over a real store on the loopback interface."""
+
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.barrier_ranks import finished, start
+from tests.helpers.saves import state_of
+
+from lastgood._coordination.calls import Coordination
+from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
+from lastgood.storage.base import StorageBackend
+from lastgood.types import RankInfo
+
+
+def coordinations(world_size: int, job: str | None = None) -> list[Coordination]:
+    """What the ranks of one checkpointer know of each other; the first has to be closed."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    job, series = job or secrets.token_hex(16), secrets.token_hex(16)
+    port = listener.getsockname()[1]
+    return [
+        Coordination(rank, world_size, "127.0.0.1", port, job, series, None if rank else listener)
+        for rank in range(world_size)
+    ]
+
+
+class Hook(WriterHook):
+    """Calls ``act(path)`` when this rank's bytes are durable."""
+
+    def __init__(self, act: Callable[[str], None]) -> None:
+        self.act = act
+
+    def pre_commit(self, path: str, **kwargs: Any) -> None:
+        self.act(path)
+
+    def post_commit(self, path: str, **kwargs: Any) -> None:
+        pass
+
+
+class Ranks:
+    """One synchronous writer a rank; all save at the same time, each its own state."""
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        timeout_secs: float = 600,
+        job: str | None = None,
+        storages: dict[int, StorageBackend] | None = None,
+        hooks: dict[int, Callable[[str], None]] | None = None,
+    ) -> None:
+        self.coordinations = coordinations(world_size, job)
+        config = CheckpointWriterConfig(write_barrier_timeout_secs=timeout_secs)  # type: ignore[arg-type]
+        self.writers = [
+            CheckpointWriter(
+                config,
+                RankInfo(rank, world_size),
+                None,
+                Hook(hooks[rank]) if hooks and rank in hooks else None,
+                storage=(storages or {}).get(rank),
+                coordination=each,
+            )
+            for rank, each in enumerate(self.coordinations)
+        ]
+
+    def start(self, path: Path, number: int, ranks: list[int] | None = None) -> list[Any]:
+        """Futures of the saves of these ranks, or all."""
+        chosen = range(len(self.writers)) if ranks is None else ranks
+        return [start(self.writers[rank].write, str(path), state_of(number + rank)) for rank in chosen]
+
+    def save(self, path: Path, number: int, ranks: list[int] | None = None) -> list[BaseException | None]:
+        """How each of them ended."""
+        return finished(self.start(path, number, ranks))
+
+    def close(self) -> None:
+        for writer in reversed(self.writers):
+            writer.close()

@@ -1,0 +1,352 @@
+"""What ranks that vote promise each other, as threads over a real store; tests/distributed has the processes."""
+
+import json
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from tests.distributed.barrier_ranks import finished, start
+from tests.helpers.saves import assert_state, contents, read, state_of, temporaries
+from tests.storage.recording import RecordingFileOps
+from tests.unit.coordination.ranks_here import Ranks, coordinations
+
+from lastgood._coordination.calls import SaveCalls
+from lastgood._coordination.together import Coordinator, SaveTogether
+from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
+from lastgood.errors import (
+    BarrierTimeoutError,
+    CheckpointExistsError,
+    ConfigError,
+    CorruptCheckpointError,
+    StorageError,
+    SupersededError,
+    UncommittedCheckpointError,
+)
+from lastgood.format.epoch import take_epoch
+from lastgood.format.manifest import checkpoint_file
+from lastgood.storage.local import LocalStorage
+from lastgood.types import RankInfo
+
+FILES = ["checkpoint_0.pt", "checkpoint_1.pt", "checkpoint_2.pt", "manifest.json"]
+
+
+@pytest.fixture
+def make_ranks() -> Iterator[Callable[..., Ranks]]:
+    made: list[Ranks] = []
+
+    def make(world_size: int = 3, **options: Any) -> Ranks:
+        made.append(Ranks(world_size, **options))
+        return made[-1]
+
+    yield make
+    for ranks in made:
+        ranks.close()
+
+
+def manifest_of(path: Path) -> Any:
+    return json.loads((path / "manifest.json").read_text())["manifest"]
+
+
+def watcher(ranks: Ranks) -> Any:
+    return dist.TCPStore("127.0.0.1", ranks.coordinations[0].port, is_master=False, wait_for_workers=False)
+
+
+def first_id(ranks: Ranks, path: Path) -> str:
+    """The id of the first save to a path, as anybody can find it who knows the series."""
+    return SaveCalls(ranks.coordinations[0]).new(str(path)).save_id
+
+
+def assert_not_committed(path: Path, world_size: int = 3) -> None:
+    assert not (path / "manifest.json").exists()
+    for rank in range(world_size):
+        with pytest.raises((UncommittedCheckpointError, CorruptCheckpointError, FileNotFoundError)):
+            read(path, rank, world_size)
+
+
+def test_all_ranks_files_and_the_manifest_have_the_one_save_id(make_ranks: Any, tmp_path: Path) -> None:
+    ranks = make_ranks()
+    ids = []
+    for step in (1, 2):
+        path = tmp_path / f"step-{step}"
+        assert ranks.save(path, step) == [None] * 3
+        assert sorted(contents(path)) == FILES
+        manifest = manifest_of(path)
+        assert [file["save_id"] for file in manifest["files"]] == [manifest["save_id"]] * 3
+        ids.append(manifest["save_id"])
+        for rank in range(3):
+            assert_state(read(path, rank, 3), step + rank)
+    assert len(set(ids)) == 2
+    # Onto a committed one all refuse, and nothing changes.
+    before = contents(tmp_path / "step-1")
+    for error in ranks.save(tmp_path / "step-1", 9):
+        assert isinstance(error, CheckpointExistsError)
+    assert contents(tmp_path / "step-1") == before
+    assert ranks.save(tmp_path / "step-3", 3) == [None] * 3
+
+
+def test_what_saves_leave_in_the_store_does_not_grow(make_ranks: Any, tmp_path: Path) -> None:
+    ranks = make_ranks(2)
+    store = watcher(ranks)
+    sizes = []
+    for step in range(6):
+        assert ranks.save(tmp_path / f"step-{step}", step) == [None] * 2
+        sizes.append(store.num_keys())
+    assert sizes[1:] == [sizes[1]] * 5
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_hazard_26_a_rank_that_fails_ends_the_save_of_all_with_its_reason(
+    make_ranks: Any, tmp_path: Path, failing: int
+) -> None:
+    """The others would wait ten minutes."""
+
+    def refuse(path: str) -> None:
+        if path.endswith("step-1"):
+            raise ValueError("this rank's hook says no")
+
+    ranks = make_ranks(hooks={failing: refuse})
+    path = tmp_path / "step-1"
+    errors = ranks.save(path, 1)
+    assert isinstance(errors[failing], ValueError)
+    for rank in {0, 1, 2} - {failing}:
+        assert isinstance(errors[rank], BarrierTimeoutError)
+        assert errors[rank].missing_ranks == (failing,)
+        assert f"rank {failing} gave up: ValueError: this rank's hook says no" in str(errors[rank])
+    assert_not_committed(path)
+    assert temporaries(path) == []
+    for name in ("step-2", "step-1"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    assert ranks.save(tmp_path / "step-2", 2) == [None] * 3
+
+
+def test_hazard_26_a_rank_that_gave_up_before_anybody_came_is_heard_of_by_all(make_ranks: Any, tmp_path: Path) -> None:
+    ranks = make_ranks()
+    [error] = finished([start(ranks.writers[1].write, str(tmp_path / "step-1"), {"lock": threading.Lock()})])
+    assert "lock" in str(error)
+    for other in ranks.save(tmp_path / "step-1", 1, [0, 2]):
+        assert isinstance(other, BarrierTimeoutError)
+        assert "rank 1 gave up: UnsupportedStateError" in str(other)
+    # The next save to the same path is another one.
+    assert ranks.save(tmp_path / "step-1", 5) == [None] * 3
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_hazard_27_a_rank_that_does_not_come_is_named_in_time(make_ranks: Any, tmp_path: Path, missing: int) -> None:
+    ranks = make_ranks(timeout_secs=1)
+    path = tmp_path / "step-1"
+    for error in ranks.save(path, 1, [rank for rank in range(3) if rank != missing]):
+        assert isinstance(error, BarrierTimeoutError)
+        assert error.missing_ranks == (missing,)
+        assert f"waited 1 s for rank {missing}" in str(error)
+        assert f"Look at the log of rank {missing}" in str(error)
+    assert_not_committed(path)
+    # Who comes too late hears the same, at once, and nothing is committed by it.
+    [late] = ranks.save(path, 1, [missing])
+    assert isinstance(late, BarrierTimeoutError)
+    assert late.missing_ranks == (missing,)
+    assert_not_committed(path)
+    assert ranks.save(tmp_path / "step-2", 2) == [None] * 3
+
+
+def test_hazard_29_two_processes_of_the_same_rank_do_not_count_as_two(make_ranks: Any, tmp_path: Path) -> None:
+    ranks = make_ranks()
+    twin = CheckpointWriter(CheckpointWriterConfig(), RankInfo(1, 3), coordination=ranks.coordinations[1])
+    path = tmp_path / "step-1"
+    saves = ranks.start(path, 1, [0, 1])
+    watcher(ranks).wait([f"save/{first_id(ranks, path)}/came/1"])
+    [told] = finished([start(twin.write, str(path), state_of(7))])
+    assert isinstance(told, ConfigError)
+    assert "another process runs as the same rank" in str(told)
+    # Whose file stands there now, nobody can say: nothing is committed.
+    for error in finished(saves):
+        assert isinstance(error, BarrierTimeoutError)
+        assert "rank 1 gave up: ConfigError" in str(error)
+    assert_not_committed(path)
+
+
+def test_a_manifest_that_cannot_be_published_fails_all_with_the_reason(make_ranks: Any, tmp_path: Path) -> None:
+    class Full(LocalStorage):
+        def put_if_absent(self, path: str, data: Any) -> None:
+            raise StorageError("No space left on device", path=path)
+
+    ranks = make_ranks(storages={0: Full()})
+    errors = ranks.save(tmp_path / "step-1", 1)
+    assert isinstance(errors[0], StorageError)
+    for error in errors[1:]:
+        assert isinstance(error, BarrierTimeoutError)
+        assert error.missing_ranks == (0,)
+        assert "rank 0 gave up: StorageError: No space left on device" in str(error)
+    assert_not_committed(tmp_path / "step-1")
+
+
+def test_a_file_that_is_not_the_one_just_written_is_not_voted_for(make_ranks: Any, tmp_path: Path) -> None:
+    path = tmp_path / "step-1"
+    durable = threading.Event()
+
+    class Swapping(LocalStorage):
+        def open(self, name: str) -> Any:
+            if durable.is_set() and name.endswith("checkpoint_1.pt"):
+                Path(name).write_bytes(b"somebody else's")
+            return super().open(name)
+
+    ranks = make_ranks(storages={1: Swapping()}, hooks={1: lambda _: durable.set()})
+    errors = ranks.save(path, 1)
+    assert isinstance(errors[1], CorruptCheckpointError)
+    assert "not the file that rank 1 has just written" in str(errors[1])
+    assert_not_committed(path)
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_when_rank_0_is_lost_after_the_last_vote_the_manifest_says_how_it_ended(
+    make_ranks: Any, tmp_path: Path, committed: bool
+) -> None:
+    """Its process dies with the store, just before or just after it has published."""
+    ranks = make_ranks()
+    path = tmp_path / "step-1"
+
+    def die(save: SaveTogether) -> None:
+        if committed:
+            save._is_told = True
+            publish(save)
+        ranks.writers[0]._coordinator._server = None
+        save._connection.close()
+        raise SystemError("rank 0 died")
+
+    publish = SaveTogether._publish_manifest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SaveTogether, "_tell_result", lambda *_: None)
+        patch.setattr(SaveTogether, "_publish_manifest", die)
+        patch.setattr(SaveTogether, "give_up", lambda *_: None)
+        errors = ranks.save(path, 1)
+    assert isinstance(errors[0], SystemError)
+    if committed:
+        assert errors[1:] == [None, None]
+        for rank in range(3):
+            assert_state(read(path, rank, 3), 1 + rank)
+    else:
+        for error in errors[1:]:
+            assert isinstance(error, BarrierTimeoutError)
+            assert error.missing_ranks == (0,)
+            assert "broke" in str(error)
+        assert_not_committed(path)
+
+
+def test_a_store_served_anew_at_the_same_address_is_found_by_those_who_knew_the_old_one(
+    make_ranks: Any, tmp_path: Path
+) -> None:
+    ranks = make_ranks()
+    assert ranks.save(tmp_path / "step-1", 1) == [None] * 3
+    first = ranks.writers[0]
+    before = first._coordinator
+    before._server = None
+    before._connection.close()
+    first._coordinator = Coordinator(ranks.coordinations[0], 600)
+    # It counts on where the other had come to: as a trainer does, whose checkpoint process has died.
+    first._coordinator._calls = before._calls
+    assert ranks.save(tmp_path / "step-2", 2) == [None] * 3
+
+
+def test_rank_0_holds_the_lock_of_its_file_for_the_whole_save(make_ranks: Any, tmp_path: Path) -> None:
+    """Whoever resumes waits for that lock, and so for all ranks."""
+    path = tmp_path / "step-1"
+
+    def look(_: str) -> None:
+        reached.set()
+        assert go_on.wait(60)
+
+    reached, go_on = threading.Event(), threading.Event()
+    ranks = make_ranks(hooks={2: look})
+    saves = ranks.start(path, 1)
+    assert reached.wait(60)
+    # The others have published their files, and wait for rank 2.
+    watcher(ranks).wait([f"save/{first_id(ranks, path)}/came/{rank}" for rank in range(2)])
+    found = [LocalStorage().try_lock(checkpoint_file(str(path), rank)) for rank in range(2)]
+    assert found[0] is None
+    assert found[1] is not None
+    found[1].release()
+    go_on.set()
+    assert finished(saves) == [None] * 3
+    lock = LocalStorage().try_lock(checkpoint_file(str(path), 0))
+    assert lock is not None
+    lock.release()
+
+
+# Another job takes over
+
+
+def test_hazard_29_a_job_that_was_replaced_publishes_neither_a_file_nor_a_manifest(
+    make_ranks: Any, tmp_path: Path
+) -> None:
+    """Its successor begins when rank 1's bytes are durable, and have no name yet."""
+    path = tmp_path / "step-2"
+
+    def replace(name: str) -> None:
+        if name == str(path):
+            assert young.save(tmp_path / "step-9", 9) == [None] * 3
+
+    young = make_ranks()
+    old = make_ranks(hooks={1: replace})
+    assert old.save(tmp_path / "step-1", 1) == [None] * 3
+    errors = old.save(path, 2)
+    assert isinstance(errors[1], SupersededError)
+    assert f"another job has taken over {tmp_path}" in str(errors[1])
+    for error in (errors[0], errors[2]):
+        assert isinstance(error, (BarrierTimeoutError, SupersededError))
+        assert "another job has taken over" in str(error)
+    assert not (path / "checkpoint_1.pt").exists()
+    assert_not_committed(path)
+    # For good: before anything is written.
+    for error in old.save(tmp_path / "step-3", 3):
+        assert "another job has taken over" in str(error)
+    assert list((tmp_path / "step-3").glob("checkpoint_*")) == []
+    assert young.save(path, 5) == [None] * 3
+    for rank in range(3):
+        assert_state(read(path, rank, 3), 5 + rank)
+
+
+def test_hazard_29_a_job_that_was_replaced_after_its_last_vote_does_not_commit(
+    make_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = make_ranks()
+    count = SaveTogether._collect_votes
+
+    def replace_and_count(save: SaveTogether) -> list[bytes]:
+        take_epoch(LocalStorage(), str(tmp_path), "the job that came after", 60)
+        return count(save)
+
+    monkeypatch.setattr(SaveTogether, "_collect_votes", replace_and_count)
+    errors = ranks.save(tmp_path / "step-1", 1)
+    assert isinstance(errors[0], SupersededError)
+    assert all("another job has taken over" in str(error) for error in errors)
+    assert_not_committed(tmp_path / "step-1")
+
+
+def test_all_checkpointers_of_one_job_save_side_by_side(make_ranks: Any, tmp_path: Path) -> None:
+    job = secrets.token_hex(16)
+    periodic, best = make_ranks(2, job=job), make_ranks(2, job=job)
+    for step in range(3):
+        assert periodic.save(tmp_path / f"step-{step}", step) == [None] * 2
+        assert best.save(tmp_path / f"best-{step}", step) == [None] * 2
+    assert json.loads((tmp_path / "lastgood-epoch.json").read_text())["epoch"]["epoch"] == 1
+
+
+def test_nothing_but_the_record_of_jobs_is_left_beside_the_checkpoints(make_ranks: Any, tmp_path: Path) -> None:
+    ops = RecordingFileOps()
+    ranks = make_ranks(2, storages={0: LocalStorage(ops), 1: LocalStorage(ops)})
+    assert ranks.save(tmp_path / "step-1", 1) == [None] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lastgood-epoch.json", "step-1"]
+    # The record, two files and the manifest: each is made durable before it is published.
+    assert len(ops.of("lock_shared")) >= 3
+
+
+def test_a_coordination_is_of_one_rank_and_stands_in_the_place_of_a_barrier(tmp_path: Path) -> None:
+    first, second = coordinations(2)
+    with pytest.raises(ConfigError, match="of rank 1"):
+        CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 2), coordination=second)
+    with pytest.raises(ConfigError, match="not both"):
+        CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 2), object(), coordination=first)  # type: ignore[arg-type]
+    first.close()
