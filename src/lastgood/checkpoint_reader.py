@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from lastgood import _events
+from lastgood._contents.manifest_check import is_named_by
 from lastgood._loading.checkpoint import Options, load_checkpoint
 from lastgood._loading.file import load_file
 from lastgood._loading.merge import CheckKeys
@@ -24,7 +25,6 @@ from lastgood.format.archive import Archive, open_archive
 from lastgood.format.commit import read_manifest
 from lastgood.format.identity import read_identity
 from lastgood.format.manifest import MANIFEST_VERSION, Manifest, ManifestFile, checkpoint_file, manifest_file
-from lastgood.format.spec import crc32
 from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
@@ -204,12 +204,7 @@ class CheckpointReader:
 
     def _require_named(self, path: str, archive: Archive, manifest: Manifest, rank: int) -> None:
         """Refuse a file that is not the very one that the manifest names."""
-        index, entry = archive.index, manifest.files[rank]
-        if (
-            (index.rank, index.world_size) != (rank, manifest.world_size)
-            or (entry.save_id, entry.size) != (index.save_id, archive.file.size)
-            or entry.trailer_crc != crc32(archive.trailer_bytes)
-        ):
+        if archive.index.rank != rank or not is_named_by(manifest, archive):
             raise CorruptCheckpointError(
                 f"{archive.file.path} is not the file that the manifest of {path} names: it belongs to another save. "
                 "Load an earlier checkpoint.",

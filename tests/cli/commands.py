@@ -37,7 +37,7 @@ write.write_at(0, memoryview(b"half of it"))
 print("writing", flush=True)
 sys.stdin.read()
 """
-IMPORTING_TORCH = ("cat", "diff")
+IMPORTING_TORCH = ("cat", "diff", "export")
 WITHOUT = ("NO_COLOR", "FORCE_COLOR", "LASTGOOD_DEBUG", "TTY_COMPATIBLE")
 PLAIN = {"TERM": "dumb", "COLUMNS": "80", "TZ": "UTC", "LC_ALL": "C.UTF-8"}
 
@@ -47,7 +47,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """The command without a terminal; as a process of its own, unless that would import torch, which takes seconds."""
     if words and words[0] in IMPORTING_TORCH and program is PROGRAM and not (environment or options):
-        return _run_here(*map(str, words))
+        return run_here(*map(str, words))
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, words)],
         stdin=subprocess.DEVNULL,
@@ -57,7 +57,7 @@ def run(
     )
 
 
-def _run_here(*words: str) -> subprocess.CompletedProcess[str]:
+def run_here(*words: str) -> subprocess.CompletedProcess[str]:
     """The same in this process, which has torch already."""
     output, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):

@@ -21,7 +21,7 @@ import lastgood
 from lastgood.cli import main
 from lastgood.cli._output import Output, human_age, human_bytes, human_moment, human_time, printable
 
-VERBS = ["ls", "inspect", "verify", "diff", "cat", "prune", "doctor", "report", "demo"]
+VERBS = ["ls", "inspect", "verify", "diff", "cat", "export", "prune", "doctor", "report", "demo"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_the_command_alone_tells_its_verbs_and_statuses(words: list[str]) -> Non
     assert not any("..." in line for line in verbs)
 
 
-@pytest.mark.parametrize("verb", ["ls", "prune", "doctor"])
+@pytest.mark.parametrize("verb", ["ls", "prune", "doctor", "export"])
 def test_each_verb_has_an_example_in_its_help(verb: str) -> None:
     done = run(verb, "--help")
     assert done.returncode == 0

@@ -89,7 +89,9 @@ def _on_mesh(tensors: dict[str, torch.Tensor], mesh_shape: tuple[int, ...], seed
 
     def placement(dimensions: int) -> Any:
         choices: list[Any] = [Replicate(), *map(Shard, range(dimensions))]
-        choices += [_StridedShard(dimension, split_factor=chance.choice([2, 3])) for dimension in range(dimensions)]
+        # Not a number of ranks: then it would stand for what FSDP2 makes of tensor parallelism, of which
+        # distribute_tensor makes something else where sizes do not divide evenly.
+        choices += [_StridedShard(dimension, split_factor=chance.choice([5, 7])) for dimension in range(dimensions)]
         return chance.choice(choices)
 
     return {

@@ -12,7 +12,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 # pytest too: each process imports what the main module imports.
-PRELOADED = ["torch.distributed", "lastgood.builder", "lastgood._single_file", "pytest", "tests.helpers.saves"]
+PRELOADED = [
+    "torch.distributed",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "lastgood.builder",
+    "lastgood._single_file",
+    "pytest",
+    "tests.helpers.saves",
+]
 
 PATIENCE_SECS = 60.0
 """How long a test waits for what ought to happen at once: only a failing test ever waits so long."""

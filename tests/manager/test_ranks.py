@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.saves import commit_together, contents
+from tests.helpers.saves import contents
 from tests.helpers.workers import Worker
 from tests.manager import ranks
 from tests.manager.runs import damage, directories, file_of, logged, make_run
 
-from lastgood.errors import ConfigError
+from lastgood.errors import LastgoodError, RankMismatchError
 from lastgood.manager.catalog import RUN_LOG_NAME
 from lastgood.manager.run_log import RemoveRecord, RestoreRecord, RunRecord, SaveRecord, SetAsideRecord
 
@@ -202,19 +202,25 @@ def test_old_ones_are_removed_by_rank_0_once_the_new_one_is_committed_by_all(two
     assert [[gone.step for gone in record.removed] for record in logged(tmp_path, RemoveRecord)] == [[10], [20]]
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_a_checkpoint_of_another_number_of_ranks_is_a_clear_error_on_all(
-    two: Job, tmp_path: Path, world_size: int
-) -> None:
-    if world_size == 1:
-        make_run(tmp_path, [10])
-    else:
-        commit_together(tmp_path / "step-10", 10, world_size)
+def test_a_checkpoint_of_one_rank_is_resumed_from_by_two(two: Job, tmp_path: Path) -> None:
+    make_run(tmp_path, [10])
+    with two.managing(tmp_path):
+        assert two.call(ranks.resume) == [(10, 10, [])] * 2
+
+
+def test_what_three_ranks_hold_each_for_itself_two_ranks_do_not_get_without_a_rule(two: Job, tmp_path: Path) -> None:
+    three = Job(3, tmp_path / "rendezvous")
+    try:
+        with three.managing(tmp_path):
+            three.call(ranks.save, [10])
+    finally:
+        three.kill()
     before = contents(tmp_path / "step-10")
     with two.managing(tmp_path):
         for told in two.call(ranks.resume_and_tell):
-            assert told.startswith(ConfigError.__name__)
-            assert f"saved by {world_size} ranks, and this run has 2" in told
+            assert told.startswith((RankMismatchError.__name__, LastgoodError.__name__))
+            assert "saved by 3 ranks" in told
+            assert "per_rank=" in told
     assert contents(tmp_path / "step-10") == before
 
 

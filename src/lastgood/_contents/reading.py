@@ -2,20 +2,22 @@
 
 import dataclasses
 import errno
+import itertools
 import math
-import os
 from collections.abc import Iterator
 from contextlib import closing
 
-from lastgood._contents.model import Contents, FileContents, StoredBytes, TensorInfo
+from lastgood._contents.model import Contents, FileContents, SpreadTensor, StoredBytes, TensorInfo
+from lastgood._contents.shown import placement_text
 from lastgood._contents.torch_files import describe_torch_file
 from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS
 from lastgood._memory import paused_garbage_collection
 from lastgood.errors import CheckpointNotFoundError, StorageError
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.commit import read_manifest
-from lastgood.format.index import NUMBERED, Node, ReferenceNode, TensorNode, walk_nodes, walk_paths
-from lastgood.format.manifest import MANIFEST_NAME, checkpoint_file, rank_of
+from lastgood.format.image import FIRST_STORAGE
+from lastgood.format.index import NUMBERED, Node, ReferenceNode, ShardedNode, TensorNode, walk_nodes, walk_paths
+from lastgood.format.manifest import Manifest, checkpoint_file, rank_of
 from lastgood.format.spec import DTYPES
 from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend, StoredFile
@@ -70,7 +72,8 @@ def open_contents(path: str, storage: StorageBackend | None = None) -> Contents:
     ranks = rank_files(storage, path)
     if ranks:
         files = tuple(_named(describe_file(storage, name), rank) for rank, name in ranks.items())
-        return Contents(path, files, tuple(_notes(storage, path, files)))
+        manifest = read_manifest(storage, path)
+        return Contents(path, files, tuple(_notes(files, manifest)), manifest)
     require_file(storage, path)
     return Contents(path, (describe_file(storage, path),))
 
@@ -80,19 +83,28 @@ def _named(contents: FileContents, rank: int) -> FileContents:
     return contents if contents.kind == "lastgood" else dataclasses.replace(contents, rank=rank)
 
 
-def _notes(storage: StorageBackend, path: str, files: tuple[FileContents, ...]) -> Iterator[str]:
+def _notes(files: tuple[FileContents, ...], manifest: Manifest | None) -> Iterator[str]:
     several = [file for file in files if file.world_size > 1]
-    has_manifest = storage.exists(os.path.join(path, MANIFEST_NAME))
-    if has_manifest:
-        read_manifest(storage, path)
+    if manifest is not None:
+        for file in files:
+            if not is_named(file.rank, file.save_id, file.nbytes, manifest):
+                yield f"{file.path} is not the file that its manifest names: it belongs to another save"
     elif several and not all(file.independent for file in several):
         yield "it was never committed: its save was killed or failed, or is still under way"
-    expected = max(file.world_size for file in files)
+    expected = manifest.world_size if manifest is not None else max(file.world_size for file in files)
     missing = sorted(set(range(expected)) - {file.rank for file in files})
     if missing:
         yield f"the files of the ranks {', '.join(map(str, missing[:10]))} are not there"
-    if len({file.save_id for file in several if not file.independent}) > 1 and not has_manifest:
+    if len({file.save_id for file in several if not file.independent}) > 1 and manifest is None:
         yield "its files belong to different saves"
+
+
+def is_named(rank: int, save_id: str | None, nbytes: int, manifest: Manifest) -> bool:
+    """Whether a file is, by its save and its size, the one that the manifest names."""
+    if rank >= manifest.world_size:
+        return False
+    entry = manifest.files[rank]
+    return (entry.save_id, entry.size) == (save_id, nbytes)
 
 
 def describe_file(storage: StorageBackend, path: str) -> FileContents:
@@ -104,14 +116,16 @@ def describe_file(storage: StorageBackend, path: str) -> FileContents:
 
 def describe_archive(archive: Archive) -> FileContents:
     """What is in an open file of ours."""
-    index = archive.index
+    index, storages = archive.index, archive.layout.storages
+    # What the ranks hold is compared by it.
+    crcs = archive.record_crcs[FIRST_STORAGE:] if index.world_size > 1 else itertools.repeat(None)
     return FileContents(
         path=archive.file.path,
         nbytes=archive.file.size,
         kind="lastgood",
         root=index.root,
         storages=index.storages,
-        places=[StoredBytes(record.data_offset) for record in archive.layout.storages],
+        places=[StoredBytes(record.data_offset, crc) for record, crc in zip(storages, crcs, strict=False)],
         byteorder=index.byteorder,
         rank=index.rank,
         world_size=index.world_size,
@@ -120,6 +134,7 @@ def describe_archive(archive: Archive) -> FileContents:
         saved_at=index.saved_at,
         metrics=index.metrics,
         save_id=index.save_id,
+        meshes=index.meshes,
     )
 
 
@@ -157,7 +172,13 @@ def values(file: FileContents) -> Iterator[tuple[str, Node]]:
 def tensors(file: FileContents) -> Iterator[TensorInfo]:
     """All tensors of a file, in order; one that comes under several keys comes several times."""
     first_paths: dict[int, str] = {}
-    for path, node in values(file):
+    spread: dict[int, SpreadTensor] = {}
+    references = References(file.root)
+    for path, item in walk_paths(file.root):
+        if isinstance(item, ShardedNode):
+            placement = placement_text(item.placements, file.meshes[item.mesh])
+            spread |= dict.fromkeys(map(id, item.items), SpreadTensor(path, item.dtype, item.shape, placement))
+        node = references.tensor(item)
         if isinstance(node, TensorNode):
             first = first_paths.setdefault(id(node), path)
             yield TensorInfo(
@@ -168,4 +189,5 @@ def tensors(file: FileContents) -> Iterator[TensorInfo]:
                 storage=node.storage,
                 flags=node.flags,
                 first_path=first if first != path else None,
+                part_of=spread.get(id(item)),
             )

@@ -1,5 +1,6 @@
 """Values for people and for scripts, from their nodes and without torch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lastgood.format.index import (
@@ -18,12 +19,14 @@ from lastgood.format.index import (
     OrderedDictNode,
     ReferenceNode,
     SetNode,
+    ShardedNode,
     SizeNode,
     TensorNode,
     TextNode,
     TupleNode,
     unpack_floats,
 )
+from lastgood.format.sharding import Box, Mesh, is_replica_mesh
 
 _LONGEST = 72
 _LONGEST_INT_BYTES = 32
@@ -41,7 +44,7 @@ def kind_name(node: Node) -> str:
     """What kind of value this is, as Python names it: ``dict``, ``int``, ``tensor``."""
     if type(node) in _CONTAINER_NAMES:
         return _CONTAINER_NAMES[type(node)]
-    if isinstance(node, TensorNode):
+    if isinstance(node, (TensorNode, ShardedNode)):
         return "Parameter" if "p" in node.flags else "tensor"
     if isinstance(node, OpaqueNode):
         return node.type_name
@@ -80,7 +83,7 @@ def plain_value(node: Node) -> Any:
 
 def show_value(node: Node, longest: int = _LONGEST) -> str:
     """One line, of about ``longest`` characters at most, that shows a value to a person."""
-    if isinstance(node, TensorNode):
+    if isinstance(node, (TensorNode, ShardedNode)):
         return f"{node.dtype} {shape_text(node.shape)}"
     if isinstance(node, (DictNode, MapNode, OrderedDictNode, ListNode, TupleNode, SetNode)):
         return _show_container(node, longest)
@@ -123,6 +126,19 @@ def _printable(text: str) -> str:
 def shape_text(shape: tuple[int, ...]) -> str:
     """A tensor's shape as ``[2, 3]``; ``[]`` for a single number."""
     return f"[{', '.join(map(str, shape))}]"
+
+
+def placement_text(placements: Sequence[str], mesh: Mesh) -> str:
+    """How a tensor is spread over ranks: ``S(0) over mesh [4] (dp)``."""
+    if is_replica_mesh(mesh):
+        return f"the same on all {mesh.shape[0]} ranks"
+    names = f" ({', '.join(mesh.names)})" if mesh.names else ""
+    return f"{', '.join(placements)} over mesh {shape_text(mesh.shape)}{names}"
+
+
+def box_text(box: Box) -> str:
+    """Which part of a tensor this is, as a slice of it: ``[0:250, 0:7]``."""
+    return f"[{', '.join(f'{start}:{start + size}' for start, size in zip(*box, strict=True))}]"
 
 
 def json_value(node: Node) -> Any:

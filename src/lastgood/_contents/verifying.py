@@ -3,6 +3,7 @@
 from contextlib import closing
 
 from lastgood._contents.checking import Findings, verify_archive, verify_torch_file
+from lastgood._contents.manifest_check import ManifestCheck
 from lastgood._contents.model import VerifyReport
 from lastgood._contents.reading import local_storage, open_file, rank_files, require_file
 from lastgood._memory import paused_garbage_collection
@@ -10,7 +11,6 @@ from lastgood.errors import CorruptCheckpointError, StorageError
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.commit import read_manifest
 from lastgood.format.manifest import Manifest, checkpoint_file, manifest_file
-from lastgood.format.spec import crc32
 from lastgood.storage.base import StorageBackend
 
 
@@ -38,6 +38,7 @@ def _verify_directory(storage: StorageBackend, path: str, ranks: dict[int, str],
         manifest = read_manifest(storage, path)
     except (CorruptCheckpointError, StorageError) as error:
         findings.wrong(manifest_file(path), str(error))
+    check = None if manifest is None else ManifestCheck(manifest, manifest_file(path), findings)
     expected = set(range(manifest.world_size)) if manifest is not None else {0}
     for rank, name in ranks.items():
         archive = _verify_file(storage, name, findings)
@@ -48,25 +49,16 @@ def _verify_directory(storage: StorageBackend, path: str, ranks: dict[int, str],
         index = archive.index
         if index.rank != rank:
             findings.wrong(name, f"it was written by rank {index.rank}: somebody renamed it")
-        elif manifest is not None:
-            _compare_with_manifest(archive, manifest, findings)
+        elif check is not None:
+            check.add(archive)
         elif index.world_size > 1 and not index.independent and not manifest_is_there:
             findings.wrong(name, f"it is one of {index.world_size} ranks' and no manifest commits it")
         if manifest is None:
             expected |= set(range(index.world_size))
     for rank in sorted(expected - set(ranks)):
         findings.wrong(checkpoint_file(path, rank), "the file is not there")
-
-
-def _compare_with_manifest(archive: Archive, manifest: Manifest, findings: Findings) -> None:
-    index, name = archive.index, archive.file.path
-    if index.rank >= manifest.world_size or index.world_size != manifest.world_size:
-        findings.wrong(name, f"it is one of {index.world_size} ranks', its manifest names {manifest.world_size}")
-        return
-    entry = manifest.files[index.rank]
-    found = (index.save_id, archive.file.size, crc32(archive.trailer_bytes))
-    if (entry.save_id, entry.size, entry.trailer_crc) != found:
-        findings.wrong(name, "it is not the file that its manifest names: it belongs to another save")
+    if check is not None:
+        check.finish()
 
 
 def _verify_file(storage: StorageBackend, path: str, findings: Findings) -> Archive | None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from lastgood import _events
 from lastgood._threads import call_with_timeout
 
 Result = TypeVar("Result")
@@ -16,6 +17,7 @@ ANSWER_SECS = 5.0
 """What the store gets on top of a time-out, to answer."""
 
 _HERE = "localhost"
+_OTHER_DESCRIPTORS = 1024
 
 
 class StoreUnreachableError(Exception):
@@ -26,15 +28,32 @@ class StoreTimeoutError(Exception):
     """The store is well; what was waited for in it did not come."""
 
 
-def serve(listener: socket.socket) -> Any:
+def serve(listener: socket.socket, world_size: int) -> Any:
     """Serve a store at the address that ``listener`` listens at, for as long as what is returned lives.
 
     The socket stays the caller's: another process that has it may serve there when this one has ended.
     """
+    _allow_descriptors(world_size + _OTHER_DESCRIPTORS)
     port = listener.getsockname()[1]
     return dist.TCPStore(  # type: ignore[attr-defined]
         _HERE, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
     )
+
+
+def _allow_descriptors(count: int) -> None:
+    """Every rank's connection takes one here; what the system allows this process by default may be too few."""
+    import resource  # not on every platform that torch is on
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= count:
+        return
+    allowed = count if hard == unlimited else min(count, hard)
+    if allowed < count:
+        _events.logger.warning(
+            "rank 0 may have %d files open, and meets its ranks by a connection each; raise the limit (ulimit -n)", hard
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 class Connection:

@@ -25,7 +25,7 @@ from lastgood.format.archive import open_archive
 from lastgood.format.commit import read_manifest
 from lastgood.format.epoch import Epoch, check_epoch, publishing
 from lastgood.format.manifest import checkpoint_file, encode_manifest, manifest_file
-from lastgood.format.vote import Ballot, ballot_of, tally
+from lastgood.format.vote import Ballot, ballot_of, replica_tables_of, tally
 from lastgood.storage.base import StorageBackend
 
 ReplicaChecksums = Callable[[], Sequence[int]]
@@ -45,11 +45,12 @@ class Coordinator:
         self.coordination = coordination
         self._calls = SaveCalls(coordination)
         self._timeout_secs = timeout_secs
-        self._server = None if coordination.listener is None else serve(coordination.listener)
+        self._server = None if coordination.listener is None else serve(coordination.listener, coordination.world_size)
         self._connection = Connection(
             coordination.host, coordination.port, served_here=coordination.listener is not None
         )
         self._former: deque[str] = deque(maxlen=_SAVES_REMEMBERED)
+        self._checksum_tables: list[str] = []
         self._last: SaveTogether | None = None
 
     def save(self, call: SaveCall | None, path: str, storage: StorageBackend) -> "SaveTogether":
@@ -57,7 +58,14 @@ class Coordinator:
         call = self._calls.new(path) if call is None else call
         self._former.extend(save_id for save_id in call.former if save_id not in self._former)
         self._last = SaveTogether(
-            self.coordination, self._connection, call, path, storage, self._timeout_secs, self._former
+            self.coordination,
+            self._connection,
+            call,
+            path,
+            storage,
+            self._timeout_secs,
+            self._former,
+            self._checksum_tables,
         )
         return self._last
 
@@ -85,7 +93,9 @@ class SaveTogether:
         storage: StorageBackend,
         timeout_secs: float,
         former: deque[str],
+        checksum_tables: list[str],
     ) -> None:
+        self._checksum_tables = checksum_tables
         self.save_id = call.save_id
         self._rank, self._world_size = coordination.rank, coordination.world_size
         self._connection = connection
@@ -178,7 +188,9 @@ class SaveTogether:
     def _cast(self, ballot: Ballot) -> None:
         def put(store: Any) -> int:
             for digest, table in ballot.tables.items():
-                if not store.check([_table(digest)]):
+                # Of all who have the same table one sends it: whoever asks first, in this save and later ones.
+                sender = store.compare_set(_table(digest, "sender"), "", str(self._rank))
+                if sender == str(self._rank).encode() and not store.check([_table(digest)]):
                     store.set(_table(digest), table)
             store.set(self._key("vote", self._rank), ballot.vote)
             return self._meeting(store).arrive()
@@ -237,13 +249,30 @@ class SaveTogether:
 
     def _publish_manifest(self) -> None:
         assert self._epoch is not None, "rank 0 has begun the save"
-        manifest = tally(self._collect_votes(), self._fetch_table, self.save_id)
+        votes = self._collect_votes()
+        manifest = tally(votes, self._fetch_table, self.save_id)
+        self._forget_checksums(replica_tables_of(votes))
         with publishing(self._storage, self._root, self._epoch, self._timeout_secs):
             self._storage.put_if_absent(manifest_file(self._path), encode_manifest(manifest))
         # It is committed, whether or not the others can be told: they look for the manifest themselves then.
         self._is_told = True
         with contextlib.suppress(BarrierTimeoutError):
             self._ask(lambda store: self._tell_result(store, ALL_CAME), ANSWER_SECS)
+
+    def _forget_checksums(self, current: set[str]) -> None:
+        """Remove the tables of checksums of the save before, now that every rank has voted in this one.
+
+        Those of layouts stay: they are the same from save to save.
+        """
+        outdated, self._checksum_tables[:] = set(self._checksum_tables) - current, current
+
+        def forget(store: Any) -> None:
+            for digest in outdated:
+                store.delete_key(_table(digest))
+                store.delete_key(_table(digest, "sender"))
+
+        with contextlib.suppress(BarrierTimeoutError):
+            self._ask(forget, self._timeout_secs)
 
     def _collect_votes(self) -> list[bytes]:
         keys = [self._key("vote", rank) for rank in range(self._world_size)]
@@ -405,5 +434,5 @@ def _save(save_id: str) -> str:
     return f"save/{save_id}"
 
 
-def _table(digest: str) -> str:
-    return f"tables/{digest}"
+def _table(digest: str, *what: str) -> str:
+    return "/".join(("tables", digest, *what))

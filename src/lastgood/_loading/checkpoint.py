@@ -19,6 +19,7 @@ from lastgood._loading.per_rank import (
     holds,
     only,
     put,
+    take_over,
     value_at,
     without,
 )
@@ -91,11 +92,11 @@ class _Load:
         self._prepare(parts, target)
         loaded, missing = self._load(primary.archive, primary.target, self._check_keys(parts, target), whole=True)
         if primary.choices and target is not None:
-            loaded = _take_over(target, primary.target)
+            loaded = take_over(target, primary.target)
         missing = _missing_from_all(missing, others)
         for other in others:
             self._load(other.archive, other.target, None)
-            _take_over(loaded, other.target)
+            take_over(loaded, other.target)
         for part in parts:
             for choice in part.choices:
                 missing += self._choose(choice, part, loaded, target)
@@ -217,17 +218,6 @@ class _Load:
     def _value(self, choice: Choice, rank: int, target: Any) -> tuple[Any, list[str]]:
         loaded, missing = self._load(self._open_rank(rank), only(target, choice), None)
         return value_at(loaded, choice), missing
-
-
-def _take_over(target: Any, loaded: Any) -> Any:
-    """Give the dicts of ``target`` what stands in copies of them; returns it."""
-    for key, value in loaded.items():
-        present = target.get(key)
-        if present is not value and isinstance(present, MutableMapping) and isinstance(value, dict):
-            _take_over(present, value)
-        else:
-            target[key] = value
-    return target
 
 
 def _absent(target: Any, roots: list[Node], other: Node) -> dict[Any, Any]:

@@ -16,18 +16,20 @@ from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import (
     DictNode,
+    ListNode,
     MapNode,
     Node,
     OpaqueNode,
     OrderedDictNode,
-    ReferenceNode,
+    SetNode,
     ShardedNode,
     TensorNode,
+    TupleNode,
     encode_node,
     join_path,
     keyed_children,
 )
-from lastgood.format.vote import group_of, walk_leaves
+from lastgood.format.vote import group_of, walk_values
 from lastgood.types import RankInfo
 
 PerRankRule = Literal["first", "modulo", "leave"] | Callable[[list[Any], RankInfo], Any]
@@ -103,6 +105,7 @@ class Chooser:
         Raises :class:`~lastgood.errors.RankMismatchError` for values that differ and that no rule covers.
         """
         found = list(self._choices(target, self._primary.index.root, (), ""))
+        self._unruled += self._only_of_peers(target)
         if self._unruled:
             raise self._no_rule()
         return found
@@ -130,12 +133,20 @@ class Chooser:
         else:
             self._unruled += differing
 
+    def _only_of_peers(self, target: Any) -> list[str]:
+        """Wanted values that only other ranks have, which have to have what the primary one has, and no rule covers."""
+        if not self._differing:
+            return []
+        present = {path for path, _ in walk_values(self._primary.index.root)}
+        found = {path: None for rank in self._peers for path in self._contents_of(rank) if path not in present}
+        return [path for path in found if _is_wanted(target, path) and find_rule(self._rules, path) is None]
+
     @property
     def _world_size(self) -> int:
         return self._primary.index.world_size
 
     def _leaves(self, node: Node, path: str) -> Iterator[str]:
-        for leaf, inner in walk_leaves(node, path):
+        for leaf, inner in walk_values(node, path):
             if not isinstance(inner, ShardedNode):
                 yield leaf
 
@@ -147,15 +158,19 @@ class Chooser:
         return len(set(contents.values()) - {None}) > 1 or any(contents[rank] is None for rank in self._peers)
 
     def _content(self, rank: int, path: str) -> Any:
+        return self._contents_of(rank).get(path)
+
+    def _contents_of(self, rank: int) -> dict[str, Any]:
+        """Of the groups that differ: what the file of a rank holds, by key paths."""
         contents = self._contents.get(rank)
         if contents is None:
             archive = self._archives(rank)
             contents = self._contents[rank] = {
                 leaf: _content(node, archive)
-                for leaf, node in walk_leaves(archive.index.root)
+                for leaf, node in walk_values(archive.index.root)
                 if not isinstance(node, ShardedNode) and group_of(leaf) in self._differing
             }
-        return contents.get(path)
+        return contents
 
     def _no_rule(self) -> RankMismatchError:
         names = list(dict.fromkeys(self._unruled))
@@ -174,6 +189,17 @@ class Chooser:
         )
 
 
+def _is_wanted(target: Any, path: str, place: str = "") -> bool:
+    """Whether a target asks for the value at a key path, or for something that it stands in."""
+    if not isinstance(target, MutableMapping):
+        return target is None or isinstance(target, TensorsLike)
+    for key, value in target.items():
+        inner = join_path(place, key)
+        if path == inner or path.startswith((f"{inner}.", f"{inner}[")):
+            return _is_wanted(value, path, inner)
+    return False
+
+
 def _outer_paths(path: str) -> Iterator[str]:
     yield path
     for position in range(len(path) - 1, 0, -1):
@@ -186,8 +212,10 @@ def _content(node: Node, archive: Archive) -> Any:
     if isinstance(node, TensorNode):
         crc = archive.record_crcs[FIRST_STORAGE + node.storage]
         return node.dtype, node.offset, node.shape, node.stride, node.flags, crc
-    if isinstance(node, (OpaqueNode, ReferenceNode)):
-        return archive.index.rank, node.length if isinstance(node, OpaqueNode) else node.number
+    if isinstance(node, OpaqueNode):
+        return archive.index.rank, node.length
+    if isinstance(node, (ListNode, TupleNode, SetNode)):
+        return type(node), len(node.items)
     return encode_node(node)
 
 
@@ -244,4 +272,15 @@ def put(state: Any, choice: Choice, value: Any) -> None:
     """Set the chosen value in a state, in which the dicts around it are there or are made."""
     for key in choice.keys[:-1]:
         state = state.setdefault(key, {})
-    state[choice.keys[-1]] = value
+    take_over(state, {choice.keys[-1]: value})
+
+
+def take_over(target: Any, loaded: Any) -> Any:
+    """Give the dicts of ``target`` what stands in copies of them; returns it."""
+    for key, value in loaded.items():
+        present = target.get(key)
+        if present is not value and isinstance(present, MutableMapping) and isinstance(value, dict):
+            take_over(present, value)
+        else:
+            target[key] = value
+    return target

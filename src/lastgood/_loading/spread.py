@@ -1,5 +1,6 @@
 """Tensors that are spread over ranks, where they were saved or where they are wanted: which part is read from where."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -26,6 +27,9 @@ from lastgood.format.sharding import Box, Layout, Shape, held_pieces, pieces_wit
 from lastgood.format.spec import BLOCK_SIZE, DTYPES
 from lastgood.format.vote import walk_leaves
 from lastgood.sharding.dtensors import Meshes, is_dtensor, local_tensor, placements_of, require_usual_shards
+
+_SHARED_FROM = 4
+"""From so many ranks of a machine that read the same on, its page cache is faster (docs/performance.md)."""
 
 SpreadTarget = tuple[str, torch.Tensor, TensorNode | ShardedNode]
 """A key path, the tensor to be filled, and how it was saved."""
@@ -255,14 +259,20 @@ class WholeTensors:
 def read_spread(targets: Sequence[SpreadTarget], source: Source, *, check: bool) -> dict[int, set[int]]:
     """Fill the targets; returns for each archive (by identity) the records that were read as a whole."""
     by_archive: dict[int, tuple[Archive, list[tuple[torch.Tensor, TensorNode]]]] = {}
+    shared: set[int] = set()
     for _, tensor, node in targets:
+        is_shared = _ranks_here() >= _SHARED_FROM and _is_wanted_by_others(tensor)
         for region, memory in target_regions(tensor):
             for part in source.find(node, region):
                 inner = _narrowed(memory, _minus(part.box.offsets, region.offsets), part.box.sizes)
                 _, pairs = by_archive.setdefault(id(part.archive), (part.archive, []))
                 pairs += _without_gaps(inner, part.node)
+                if is_shared and isinstance(node, ShardedNode):
+                    shared.add(id(part.archive))
     done = {}
     for archive, pairs in by_archive.values():
+        if id(archive) in shared:
+            archive.file.expect_other_readers()
         read_pairs(archive, pairs, check=check)
         done[id(archive)] = {
             FIRST_STORAGE + node.storage
@@ -270,6 +280,21 @@ def read_spread(targets: Sequence[SpreadTarget], source: Source, *, check: bool)
             if byte_range(node) == (0, archive.index.storages[node.storage].nbytes)
         }
     return done
+
+
+def _ranks_here() -> int:
+    """How many ranks share this machine, as their launcher says."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(said) if said.isdecimal() else 1
+
+
+def _is_wanted_by_others(tensor: torch.Tensor) -> bool:
+    """Whether other ranks want the same parts of a saved tensor: all of it, or a replica."""
+    if not is_dtensor(tensor):
+        return True
+    spread: Any = tensor
+    sizes = zip(spread.placements, spread.device_mesh.shape, strict=True)
+    return any(placement.is_replicate() and size > 1 for placement, size in sizes)
 
 
 def _without_gaps(target: torch.Tensor, node: TensorNode) -> Iterator[tuple[torch.Tensor, TensorNode]]:

@@ -15,7 +15,7 @@ import typer
 
 from lastgood import __version__
 from lastgood._memory import paused_garbage_collection
-from lastgood.cli import cat, demo, diff, doctor, inspect, ls, prune, report, verify
+from lastgood.cli import cat, demo, diff, doctor, export, inspect, ls, prune, report, verify
 from lastgood.cli._output import printable
 from lastgood.errors import CheckpointNotFoundError, ConfigError, LastgoodError
 
@@ -35,6 +35,7 @@ app.command("inspect", short_help="Show what is in a checkpoint.")(inspect.inspe
 app.command("verify", short_help="Check every byte of a checkpoint, or of a run.")(verify.verify)
 app.command("diff", short_help="Show what differs between two checkpoints.")(diff.diff)
 app.command("cat", short_help="Print or save one value of a checkpoint.")(cat.cat)
+app.command("export", short_help="Make one plain file of a checkpoint, for torch.load.")(export.export)
 app.command("prune", short_help="Remove the checkpoints that no rule keeps.")(prune.prune)
 app.command("doctor", short_help="Explain what is wrong in a run's directory.")(doctor.doctor)
 app.command("report", short_help="Write a page on a run: saves, space, changes.")(report.report)

@@ -2,17 +2,19 @@
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from lastgood._contents.reading import References, local_storage, rank_files
+from lastgood._contents.reading import local_storage, rank_files
 from lastgood._contents.shown import kind_name, show_value
 from lastgood.cli._measure import Difference, flat, measure, row_of
-from lastgood.cli._tensors import BATCH_ELEMENTS, TensorSource, batches, by_dtype, pieces
+from lastgood.cli._sides import Side, side_of, side_of_file
+from lastgood.cli._tensors import BATCH_ELEMENTS, SavedTensor, TensorSource, batches, boxes, by_dtype
+from lastgood.cli._whole import is_checkpoint_of_many
 from lastgood.errors import UnsafeCheckpointError
 from lastgood.format.index import (
     CONTAINERS,
@@ -21,11 +23,14 @@ from lastgood.format.index import (
     OpaqueNode,
     ReferenceNode,
     SetNode,
+    ShardedNode,
     TensorNode,
     encode_node,
     join_path,
     keyed_children,
 )
+from lastgood.format.sharding import whole
+from lastgood.format.vote import walk_leaves
 
 _PIECE_ELEMENTS = 512 * 1024
 """So many elements are measured at a time, which takes about a hundred bytes each."""
@@ -107,22 +112,21 @@ class Comparison:
 
 
 def compare_states(path_a: str, path_b: str) -> Comparison:
-    """Compare two files or checkpoint directories (rank by rank).
+    """Compare two files or checkpoint directories.
 
-    Whether a tensor is a Parameter or requires grad makes no difference, nor does what it shares memory with.
+    Checkpoints that several ranks committed together are compared as one state each, whatever their layouts are:
+    tensors that are spread over ranks as whole ones, and values that ranks have of their own rank by rank. Other
+    directories are compared file by file. Whether a tensor is a Parameter or requires grad makes no difference, nor
+    does what it shares memory with.
     """
-    storage = local_storage()
-    files_a, files_b = (rank_files(storage, path) or {0: path} for path in (path_a, path_b))
     found = _Found()
-    several = len(files_a) > 1 or len(files_b) > 1
-    found.only_in_a += [f"rank {rank}" for rank in files_a if rank not in files_b]
-    found.only_in_b += [f"rank {rank}" for rank in files_b if rank not in files_a]
-    for rank, file_a in files_a.items():
-        if rank in files_b:
-            with ExitStack() as stack:
-                source_a = stack.enter_context(TensorSource(file_a))
-                source_b = stack.enter_context(TensorSource(files_b[rank]))
-                _FileComparison(source_a, source_b, f"rank {rank}: " if several else "", found).run()
+    if is_checkpoint_of_many(path_a) or is_checkpoint_of_many(path_b):
+        with ExitStack() as stack:
+            a, b = (side_of(path, stack) for path in (path_a, path_b))
+            _StateComparison(a, b, "", found, left_out=a.own | b.own).run()
+            _compare_own(a, b, found)
+    else:
+        _compare_files(path_a, path_b, found)
     return Comparison(
         path_a=path_a,
         path_b=path_b,
@@ -134,6 +138,44 @@ def compare_states(path_a: str, path_b: str) -> Comparison:
         changed_values=tuple(found.changed_values),
         not_compared=tuple(found.not_compared),
         layers=rank_layers(found.tensors),
+    )
+
+
+def _compare_files(path_a: str, path_b: str, found: "_Found") -> None:
+    storage = local_storage()
+    files_a, files_b = (rank_files(storage, path) or {0: path} for path in (path_a, path_b))
+    several = len(files_a) > 1 or len(files_b) > 1
+    found.only_in_a += [f"rank {rank}" for rank in files_a if rank not in files_b]
+    found.only_in_b += [f"rank {rank}" for rank in files_b if rank not in files_a]
+    for rank, file_a in files_a.items():
+        if rank in files_b:
+            with ExitStack() as stack:
+                a, b = (side_of_file(stack.enter_context(TensorSource(file))) for file in (file_a, files_b[rank]))
+                _StateComparison(a, b, f"rank {rank}: " if several else "", found).run()
+
+
+def _compare_own(a: Side, b: Side, found: "_Found") -> None:
+    """Compare the values that ranks have of their own: those of each rank with those of the same one."""
+    own = a.own | b.own
+    for rank in range(max(len(a.files), len(b.files)) if own else 0):
+        prefix = f"rank {rank}: "
+        leaves_a, leaves_b = ({path: leaf for path, leaf in _leaves(side, rank) if path in own} for side in (a, b))
+        found.only_in_a += _only(a, rank, [path for path in leaves_a if path not in leaves_b])
+        found.only_in_b += _only(b, rank, [path for path in leaves_b if path not in leaves_a])
+        both = [(path, leaf, leaves_b[path]) for path, leaf in leaves_a.items() if path in leaves_b]
+        if both:
+            file_a, file_b = side_of_file(a.files[rank]), side_of_file(b.files[rank])
+            _StateComparison(file_a, file_b, prefix, found).run(both)
+
+
+def _leaves(side: Side, rank: int) -> list[tuple[str, Node]]:
+    return list(walk_leaves(side.files[rank].contents.root)) if rank < len(side.files) else []
+
+
+def _only(side: Side, rank: int, paths: list[str]) -> list[str]:
+    """How to name what only one side has of a rank: the rank alone, if that is all that it has."""
+    return (
+        [f"rank {rank}"] if paths and len(paths) == len(_leaves(side, rank)) else [f"rank {rank}: {p}" for p in paths]
     )
 
 
@@ -177,63 +219,86 @@ class _Found:
 
 class _Pair(msgspec.Struct, frozen=True, gc=False):
     path: str
-    a: TensorNode
-    b: TensorNode
+    a: SavedTensor
+    b: SavedTensor
 
 
-class _FileComparison:
-    """The comparison of one rank's two files."""
+class _StateComparison:
+    """The comparison of two files, or of two states; key paths that are ``left_out`` are passed over."""
 
-    def __init__(self, a: TensorSource, b: TensorSource, prefix: str, found: _Found) -> None:
+    def __init__(self, a: Side, b: Side, prefix: str, found: _Found, left_out: Collection[str] = ()) -> None:
         self._a, self._b = a, b
-        self._references_a, self._references_b = References(a.contents.root), References(b.contents.root)
-        self._prefix = prefix
         self._found = found
+        self._left_out = left_out
+        self._tensor_types = (TensorNode, ShardedNode) if a.is_joint else (TensorNode,)
+        self.prefix = prefix
 
-    def run(self) -> None:
-        pairs = list(self._walk())
+    def run(self, starts: Sequence[tuple[str, Node, Node]] | None = None) -> None:
+        """Compare all that is below these pairs of values; by default everything."""
+        pairs = list(self._walk([("", self._a.root, self._b.root)] if starts is None else starts))
         for numbers in batches([math.prod(pair.a.shape) for pair in pairs], BATCH_ELEMENTS):
             batch = pairs[numbers.start : numbers.stop]
             is_large = math.prod(batch[0].a.shape) > _PIECE_ELEMENTS
             differences = [self._in_pieces(batch[0])] if is_large else self._together(batch)
             self._found.tensors += map(_change, batch, differences)
 
-    def _walk(self) -> Iterator[_Pair]:
+    def _walk(self, starts: Sequence[tuple[str, Node, Node]]) -> Iterator[_Pair]:
         """Compare everything but tensors; yields the pairs of tensors that can be compared."""
-        waiting = [("", self._a.contents.root, self._b.contents.root)]
+        waiting = list(reversed(starts))
         while waiting:
             path, node_a, node_b = waiting.pop()
-            a, b = self._references_a.tensor(node_a), self._references_b.tensor(node_b)
-            if isinstance(a, TensorNode) and isinstance(b, TensorNode):
+            a, b = self._a.tensor(node_a), self._b.tensor(node_b)
+            if path in self._left_out:
+                continue
+            if isinstance(a, ShardedNode) and isinstance(b, ShardedNode) and not self._a.is_joint:
+                self._compare_layouts(path, a, b)
+            if isinstance(a, self._tensor_types) and isinstance(b, self._tensor_types):
                 if (a.dtype, a.shape) == (b.dtype, b.shape):
-                    yield _Pair(self._prefix + path, a, b)
+                    yield _Pair(self.prefix + path, a, b)
                 else:
                     self._kind_changed(path, show_value(a), show_value(b))
-            elif _descends(a) and _descends(b):
+            elif self._descends(a) and self._descends(b):
                 if kind_name(a) != kind_name(b):
                     self._kind_changed(path, kind_name(a), kind_name(b))
                 waiting += reversed(self._common_children(path, a, b))
             else:
                 self._compare_values(path, a, b)
 
+    def _descends(self, node: Node) -> bool:
+        """Sets are compared as a whole: their items have no keys."""
+        if isinstance(node, ShardedNode):
+            return not self._a.is_joint
+        return isinstance(node, CONTAINERS) and not isinstance(node, SetNode)
+
     def _common_children(self, path: str, a: Node, b: Node) -> list[tuple[str, Node, Node]]:
         inside_a = {join_path(path, key): node for key, node in keyed_children(a)}
         if isinstance(a, DictNode) and isinstance(b, DictNode) and list(a.items) == list(b.items):
             return list(zip(inside_a, a.items.values(), b.items.values(), strict=True))
         inside_b = {join_path(path, key): node for key, node in keyed_children(b)}
-        self._found.only_in_a += [self._prefix + name for name in inside_a if name not in inside_b]
-        self._found.only_in_b += [self._prefix + name for name in inside_b if name not in inside_a]
+        known = self._left_out
+        only_a = [name for name in inside_a if name not in inside_b and name not in known]
+        only_b = [name for name in inside_b if name not in inside_a and name not in known]
+        self._found.only_in_a += [self.prefix + name for name in only_a]
+        self._found.only_in_b += [self.prefix + name for name in only_b]
         return [(name, node, inside_b[name]) for name, node in inside_a.items() if name in inside_b]
 
+    def _compare_layouts(self, path: str, a: ShardedNode, b: ShardedNode) -> None:
+        """Of single files of ranks: whether they hold the same parts; the parts themselves are compared one by one."""
+        shown = [f"{show_value(node)}, {', '.join(node.placements)}, parts at {node.offsets}" for node in (a, b)]
+        if shown[0] != shown[1]:
+            self._kind_changed(path, *shown)
+
     def _kind_changed(self, path: str, a: str, b: str) -> None:
-        self._found.changed_kind.append(KindChange(self._prefix + path, a, b))
+        self._found.changed_kind.append(KindChange(self.prefix + path, a, b))
 
     def _compare_values(self, path: str, a: Node, b: Node) -> None:
         self._found.values_compared += 1
         if isinstance(a, ReferenceNode) and isinstance(b, ReferenceNode):
-            shared_a, shared_b = self._references_a.first_path(a), self._references_b.first_path(b)
+            shared_a, shared_b = self._a.first_path(a), self._b.first_path(b)
             if shared_a != shared_b:
                 self._value_changed(path, f"the same object as {shared_a}", f"the same object as {shared_b}")
+        elif isinstance(a, ShardedNode) or isinstance(b, ShardedNode):
+            self._kind_changed(path, *(_with_spread(node) for node in (a, b)))
         elif kind_name(a) != kind_name(b):
             self._kind_changed(path, kind_name(a), kind_name(b))
         elif isinstance(a, OpaqueNode) and isinstance(b, OpaqueNode):
@@ -242,13 +307,13 @@ class _FileComparison:
             self._value_changed(path, show_value(a, _SHOWN), show_value(b, _SHOWN))
 
     def _value_changed(self, path: str, a: str, b: str) -> None:
-        self._found.changed_values.append(ValueChange(self._prefix + path, a, b))
+        self._found.changed_values.append(ValueChange(self.prefix + path, a, b))
 
     def _compare_opaque(self, path: str, a: OpaqueNode, b: OpaqueNode) -> None:
         try:
             bytes_a, bytes_b = _saved(self._a.opaque(a)), _saved(self._b.opaque(b))
         except UnsafeCheckpointError:
-            self._found.not_compared.append(f"{self._prefix}{path} ({a.type_name})")
+            self._found.not_compared.append(f"{self.prefix}{path} ({a.type_name})")
             return
         if bytes_a != bytes_b:
             self._value_changed(path, f"<{a.type_name}>", "another one")
@@ -256,15 +321,15 @@ class _FileComparison:
     def _in_pieces(self, pair: _Pair) -> Difference:
         """The difference of two large tensors."""
         difference = Difference()
-        for part_a, part_b in zip(*(pieces(node, _PIECE_ELEMENTS) for node in (pair.a, pair.b)), strict=True):
-            a, b = flat(self._a.read([part_a])[0]), flat(self._b.read([part_b])[0])
+        for box in boxes(whole(pair.a.shape), _PIECE_ELEMENTS):
+            a, b = flat(self._a.source.read_part(pair.a, box)), flat(self._b.source.read_part(pair.b, box))
             difference.add(measure(a, b, [len(a)])[0])
         return difference
 
     def _together(self, batch: Sequence[_Pair]) -> list[Difference]:
         """The differences of many pairs of small tensors."""
-        read_a = self._a.read_bytes([pair.a for pair in batch])
-        read_b = self._b.read_bytes([pair.b for pair in batch])
+        read_a = self._a.source.read_bytes([pair.a for pair in batch])
+        read_b = self._b.source.read_bytes([pair.b for pair in batch])
         differences = [Difference() for _ in batch]
         for dtype, numbers in by_dtype([pair.a for pair in batch]).items():
             a, b = (row_of([read[number] for number in numbers], dtype) for read in (read_a, read_b))
@@ -274,9 +339,8 @@ class _FileComparison:
         return differences
 
 
-def _descends(node: Node) -> bool:
-    """Sets are compared as a whole: their items have no keys."""
-    return isinstance(node, CONTAINERS) and not isinstance(node, SetNode)
+def _with_spread(node: Node) -> str:
+    return f"{show_value(node)}{', spread over ranks' if isinstance(node, ShardedNode) else ''}"
 
 
 def _saved(value: Any) -> bytes:

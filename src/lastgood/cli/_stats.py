@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lastgood.cli._measure import flat, per_segment, per_tensor, row_of, wide
-from lastgood.cli._tensors import BATCH_ELEMENTS, TensorSource, batches, by_dtype, pieces
-from lastgood.format.index import TensorNode
+from lastgood.cli._tensors import BATCH_ELEMENTS, SavedTensor, Source, batches, boxes, by_dtype
+from lastgood.format.sharding import whole
 
 if TYPE_CHECKING:
     import torch
@@ -31,15 +31,15 @@ class Stats(msgspec.Struct, gc=False):
     inf: int = 0
 
 
-def stats_of(source: TensorSource, nodes: Sequence[TensorNode]) -> list[Stats]:
+def stats_of(source: Source, nodes: Sequence[SavedTensor]) -> list[Stats]:
     """The statistics of each tensor, read in bounded pieces."""
     seen = [_Seen() for _ in nodes]
     counts = [math.prod(node.shape) for node in nodes]
     for numbers in batches(counts, BATCH_ELEMENTS):
         first = numbers[0]
         if counts[first] > _PIECE_ELEMENTS:
-            for part in pieces(nodes[first], _PIECE_ELEMENTS):
-                seen[first].add(_look_at(flat(source.read([part])[0]), [math.prod(part.shape)])[0])
+            for box in boxes(whole(nodes[first].shape), _PIECE_ELEMENTS):
+                seen[first].add(_look_at(flat(source.read_part(nodes[first], box)), [box.element_count])[0])
             continue
         data = source.read_bytes([nodes[number] for number in numbers])
         for dtype, group in by_dtype([nodes[number] for number in numbers]).items():

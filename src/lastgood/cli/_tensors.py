@@ -4,19 +4,29 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from lastgood._contents.model import FileContents
-from lastgood._contents.reading import describe_archive, local_storage, open_file
+from lastgood._contents.reading import References, describe_archive, local_storage, open_file
 from lastgood._contents.torch_files import describe_torch_file
 from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data, read_parts
 from lastgood._memory import bytes_at, memory_at, paused_garbage_collection
 from lastgood._threads import run_all
 from lastgood.errors import ConfigError, corrupt
-from lastgood.format.archive import open_archive
+from lastgood.format.archive import Archive, open_archive
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.index import InvalidIndexError, Node, OpaqueNode, TensorNode, keyed_children, walk_nodes
+from lastgood.format.index import (
+    InvalidIndexError,
+    Node,
+    OpaqueNode,
+    ShardedNode,
+    TensorNode,
+    keyed_children,
+    walk_nodes,
+)
 from lastgood.format.read_plan import PIECE_SIZE, RUN_GAP, RUN_SIZE, Request
+from lastgood.format.sharding import Box
 from lastgood.format.spec import BLOCK_SIZE, DTYPES, crc32
 from lastgood.format.stream import native_byteorder
 from lastgood.storage._direct_io import aligned_buffer
@@ -34,6 +44,20 @@ def quiet_torch() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
+
+
+SavedTensor: TypeAlias = TensorNode | ShardedNode
+"""A tensor of one file, or one that is spread over the files of several ranks."""
+
+
+class Source(Protocol):
+    """Where tensors are read from, checked, on the CPU and without autograd."""
+
+    def read_part(self, node: SavedTensor, box: Box) -> "torch.Tensor":
+        """A part of a tensor."""
+
+    def read_bytes(self, nodes: Sequence[SavedTensor]) -> list[bytes]:
+        """The elements of each of these tensors in a row, as bytes."""
 
 
 class TensorSource:
@@ -59,6 +83,16 @@ class TensorSource:
         self._entries = list(self.contents.storages)
         self._checked: set[int] = set()
         self._opaque: OpaqueValues | None = None
+
+    @property
+    def archive(self) -> Archive | None:
+        """The open file, if lastgood wrote it."""
+        return self._archive
+
+    @cached_property
+    def references(self) -> References:
+        """The objects that references in the file lead to."""
+        return References(self.contents.root)
 
     def __enter__(self) -> "TensorSource":
         return self
@@ -101,11 +135,18 @@ class TensorSource:
             else [tensor.detach() if node.flags else tensor for node, tensor in zip(nodes, tensors, strict=True)]
         )
 
-    def read_bytes(self, nodes: Sequence[TensorNode]) -> list[bytes]:
+    def read_part(self, node: SavedTensor, box: Box) -> "torch.Tensor":
+        """A part of a tensor of this file."""
+        return self.read([_part(_of_one_file(node), box)])[0]
+
+    def read_bytes(self, nodes: Sequence[SavedTensor]) -> list[bytes]:
         """The elements of each of these tensors in a row, as bytes: what :meth:`read` gives, without its tensors.
 
         For very many small tensors this is several times as fast: those that lie near each other are read together.
         """
+        return self._read_bytes([_of_one_file(node) for node in nodes])
+
+    def _read_bytes(self, nodes: list[TensorNode]) -> list[bytes]:
         from lastgood._loading.values import contiguous_stride
 
         found = [b""] * len(nodes)
@@ -212,6 +253,17 @@ def _runs(stored: list[_Stored]) -> Iterator[list[_Stored]]:
         yield run
 
 
+def _of_one_file(node: SavedTensor) -> TensorNode:
+    if isinstance(node, TensorNode):
+        return node
+    raise TypeError("a tensor that is spread over the files of several ranks")
+
+
+def _part(node: TensorNode, box: Box) -> TensorNode:
+    start = node.offset + sum(offset * step for offset, step in zip(box.offsets, node.stride, strict=True))
+    return TensorNode(node.storage, node.dtype, start, box.sizes, node.stride, node.flags)
+
+
 def _find(root: Node, value: Any, wanted: Node) -> Any:
     """What stands in ``value``, which ``root`` describes, where ``wanted`` stands in ``root``."""
     waiting = [(root, value)]
@@ -225,18 +277,19 @@ def _find(root: Node, value: Any, wanted: Node) -> Any:
     raise LookupError("a value that the file does not describe")
 
 
-def pieces(node: TensorNode, most_elements: int) -> Iterator[TensorNode]:
+def boxes(box: Box, most_elements: int) -> Iterator[Box]:
     """The parts of a tensor, in order, of at most so many elements each; how it is cut follows from its shape alone."""
-    if math.prod(node.shape) <= most_elements:
-        yield node
+    offsets, sizes = box
+    if box.element_count <= most_elements:
+        yield box
         return
-    dimension = max(range(len(node.shape)), key=lambda number: node.shape[number])
-    length = node.shape[dimension]
-    count = min(max(1, most_elements * length // math.prod(node.shape)), length - 1)
+    dimension = max(range(len(sizes)), key=lambda number: sizes[number])
+    length = sizes[dimension]
+    count = min(max(1, most_elements * length // box.element_count), length - 1)
     for first in range(0, length, count):
-        shape = (*node.shape[:dimension], min(count, length - first), *node.shape[dimension + 1 :])
-        offset = node.offset + first * node.stride[dimension]
-        yield from pieces(TensorNode(node.storage, node.dtype, offset, shape, node.stride, node.flags), most_elements)
+        start = (*offsets[:dimension], offsets[dimension] + first, *offsets[dimension + 1 :])
+        shape = (*sizes[:dimension], min(count, length - first), *sizes[dimension + 1 :])
+        yield from boxes(Box(start, shape), most_elements)
 
 
 BATCH_ELEMENTS = 32 * 1024
@@ -256,7 +309,7 @@ def batches(counts: Sequence[int], most_elements: int) -> Iterator[range]:
         yield range(first, len(counts))
 
 
-def by_dtype(nodes: Sequence[TensorNode]) -> dict[str, list[int]]:
+def by_dtype(nodes: Sequence[SavedTensor]) -> dict[str, list[int]]:
     """The positions of the tensors that have any elements, by dtype."""
     found: dict[str, list[int]] = {}
     for position, node in enumerate(nodes):

@@ -30,7 +30,9 @@ def diff(
     """Show what differs between two checkpoints, and which layers moved most.
 
     A tensor's change is measured by its own size: the norm of B - A divided by the norm of A. A layer is a key without
-    its last part; its floating-point tensors count together. NaN in the same place is no difference.
+    its last part; its floating-point tensors count together. NaN in the same place is no difference. Checkpoints of
+    several ranks are compared as whole states, whatever their layouts are, and values that each rank has of its own
+    with those of the same rank.
 
     Exit status: 0 if they are equal, 1 if not, 2 if they could not be compared.
 

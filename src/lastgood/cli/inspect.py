@@ -10,15 +10,17 @@ from typing import Annotated
 import typer
 
 from lastgood._contents import Contents, FileContents, open_contents
-from lastgood._contents.shown import shape_text
+from lastgood._contents.joint import is_joint, own_paths, parts_of
+from lastgood._contents.shown import box_text, shape_text
 from lastgood._memory import paused_garbage_collection
 from lastgood.cli._output import AsJson, Output, human_age, human_bytes, human_moment
 from lastgood.cli._stats import Stats, stats_of
 from lastgood.cli._target import CheckpointPath, Step, find_checkpoint
 from lastgood.cli._tree import Group, Row, cut, ranks_text, rows_of
 from lastgood.cli._tree import as_json as row_as_json
-from lastgood.format.index import TensorNode
-from lastgood.format.spec import UNTYPED
+from lastgood.format.index import OpaqueNode, ShardedNode, TensorNode
+from lastgood.format.spec import DTYPES, UNTYPED
+from lastgood.format.vote import walk_leaves
 
 _COLUMNS = ("key", "kind", "shape", "size", "ranks", "value", "min", "max", "mean", "std", "NaN", "Inf")
 _RIGHT = ("size", "min", "max", "mean", "std", "NaN", "Inf")
@@ -26,9 +28,15 @@ _RIGHT = ("size", "min", "max", "mean", "std", "NaN", "Inf")
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all ranks. What several keys share is counted once; ``nbytes`` is that of the tensors' storages."""
+    """Sums over all ranks. What several keys share is counted once; ``nbytes`` is that of the tensors' storages.
+
+    A tensor that is spread over ranks counts as one: ``sharded`` of them are, which take ``sharded_nbytes`` together.
+    Of a single file, the parts that are in it count for all but these two.
+    """
 
     tensors: int
+    sharded: int
+    sharded_nbytes: int
     elements: int
     nbytes: int
     nbytes_by_dtype: dict[str, int]
@@ -50,7 +58,8 @@ def inspect(
     """Show what is in a checkpoint: keys, shapes, dtypes, sizes, plain values, and totals.
 
     Reads no tensor data, except with --stats. Works on files of torch.save, too, and runs nothing of them. The keys
-    are those that 'lastgood cat' takes. Where there are very many, groups of them are shown as one line.
+    are those that 'lastgood cat' takes. Where there are very many, groups of them are shown as one line. A tensor that
+    is spread over ranks has one line, with its global shape; of a single rank's file, its parts are shown, too.
 
     \b
     Example:
@@ -62,7 +71,8 @@ def inspect(
     found, note = find_checkpoint(path, step)
     with paused_garbage_collection():
         contents = open_contents(found)
-        rows = rows_of(contents.files, by_rank=stats)
+        own = own_paths(contents.files, contents.manifest) if contents.manifest is not None else ()
+        rows = rows_of(contents.files, by_rank=stats, own=own)
     shown = list(rows) if as_json else cut(rows, depth, everything=everything)
     measured = _measure(contents, [row for row in shown if isinstance(row, Row)]) if stats else {}
     if as_json:
@@ -80,15 +90,23 @@ def inspect(
         output.print(f"{hidden:,} keys are hidden in the lines that end in *: --depth N shows more, --all everything")
     for line in _totals_text(totals(contents.files, rows)):
         output.print(line)
+    if own:
+        output.print(_own_text(rows))
 
 
 def totals(files: Sequence[FileContents], rows: Sequence[Row]) -> Totals:
     """What the tensors of all files come to; ``rows`` are those of these files."""
-    count = elements = 0
+    count = sharded = sharded_nbytes = elements = 0
     dtypes: dict[tuple[int, int], str] = {}
     for row in rows:
-        if isinstance(row.node, TensorNode) and row.same_as is None:
-            count += len(row.ranks)
+        if isinstance(row.node, ShardedNode):
+            if row.shares_with is None:
+                count += 1
+                sharded += 1
+                sharded_nbytes += row.nbytes
+                elements += row.times * math.prod(row.node.shape)
+        elif isinstance(row.node, TensorNode) and row.same_as is None:
+            count += len(row.ranks) if row.box is None else 0
             elements += len(row.ranks) * math.prod(row.node.shape)
             for rank in row.ranks:
                 dtypes.setdefault((rank, row.node.storage), row.node.dtype)
@@ -98,14 +116,39 @@ def totals(files: Sequence[FileContents], rows: Sequence[Row]) -> Totals:
             dtype = entry.dtype if entry.dtype != UNTYPED else dtypes.get((file.rank, number), "other")
             by_dtype[dtype] += entry.nbytes
     file_nbytes = sum(file.nbytes for file in files)
-    return Totals(count, elements, by_dtype.total(), dict(by_dtype.most_common()), file_nbytes)
+    return Totals(count, sharded, sharded_nbytes, elements, by_dtype.total(), dict(by_dtype.most_common()), file_nbytes)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one file holds of tensors that are spread over ranks; a part that several keys share is counted once."""
+
+    tensors: int = 0
+    parts: int = 0
+    nbytes: int = 0
+
+
+def held_in(file: FileContents) -> Held:
+    """What one file holds of tensors that are spread over ranks."""
+    if not file.meshes:
+        return Held()
+    spread = [node for _, node in walk_leaves(file.root) if isinstance(node, ShardedNode)]
+    parts = {(part.storage, part.offset, part.shape): part for node in spread for _, part in parts_of(node)}
+    nbytes = sum(math.prod(part.shape) * DTYPES[part.dtype].itemsize for part in parts.values())
+    return Held(len(spread), len(parts), nbytes)
 
 
 def _measure(contents: Contents, rows: Sequence[Row]) -> dict[int, Stats]:
-    """The statistics of the rows that are tensors, by the rows' ids; each row is of one rank."""
+    """The statistics of the rows that are tensors, by the rows' ids; each row is of one rank, or of a spread tensor."""
     from lastgood.cli._tensors import TensorSource, quiet_torch
+    from lastgood.cli._whole import WholeSource
 
     found: dict[int, Stats] = {}
+    spread = [row for row in rows if row.mesh is not None]
+    if spread and is_joint(contents):
+        with quiet_torch(), paused_garbage_collection(), WholeSource(contents.path) as source:
+            whole = source.spread_under([row.path for row in spread])
+            found |= zip(map(id, spread), stats_of(source, whole), strict=True)
     for file in contents.files:
         wanted = [row for row in rows if row.ranks == [file.rank] and isinstance(row.node, TensorNode)]
         nodes = [row.node for row in wanted if isinstance(row.node, TensorNode)]
@@ -126,7 +169,11 @@ def _document(contents: Contents, rows: Sequence[Row], measured: dict[int, Stats
     return {
         "path": contents.path,
         "notes": contents.notes,
-        "files": [{name: getattr(file, name) for name in about} for file in contents.files],
+        "committed_together": contents.manifest is not None,
+        "files": [
+            {name: getattr(file, name) for name in about} | {"sharded": asdict(held_in(file))}
+            for file in contents.files
+        ],
         "totals": asdict(totals(contents.files, rows)),
         "keys": entries,
     }
@@ -141,6 +188,9 @@ def _describe(file: FileContents) -> str:
     facts = [kinds[file.kind], human_bytes(file.nbytes)]
     if file.world_size > 1:
         facts.append(f"rank {file.rank} of {file.world_size}")
+    held = held_in(file)
+    if held.tensors:
+        facts.append(f"{held.parts:,} parts of {held.tensors:,} spread tensors ({human_bytes(held.nbytes)})")
     if file.step is not None:
         facts.append(f"step {file.step}")
     if file.saved_at is not None:
@@ -165,12 +215,24 @@ def _cells(item: Row | Group, measured: dict[int, Stats], *, several: bool) -> l
 def _value_text(row: Row) -> str:
     if row.same_as is not None:
         return f"the same object as {row.same_as}"
-    if isinstance(row.node, TensorNode):
+    if isinstance(row.node, TensorNode | ShardedNode):
         words = ["parameter"] if "p" in row.node.flags else ["requires grad"] if "g" in row.node.flags else []
+        words += [row.shown] if row.shown else []
+        if row.box is not None:
+            words.append(f"the part {box_text(row.box)}")
         if row.shares_with is not None:
             words.append(f"shares memory with {row.shares_with}")
-        return ", ".join(words)
-    return row.shown.removeprefix(f"{row.kind} ")
+    else:
+        words = [row.shown.removeprefix(f"{row.kind} ")]
+    if row.differs:
+        words.append("may differ between ranks" if isinstance(row.node, OpaqueNode) else "differs between ranks")
+    return ", ".join(words)
+
+
+def _own_text(rows: Sequence[Row]) -> str:
+    count = len({row.path for row in rows if row.differs})
+    what = "1 value is" if count == 1 else f"{count:,} values are"
+    return f"{what} not the same on all ranks: another number of ranks, and 'lastgood export', need a rule for them"
 
 
 def _stats_cells(stats: Stats | None) -> list[str]:
@@ -182,6 +244,8 @@ def _stats_cells(stats: Stats | None) -> list[str]:
 
 def _totals_text(sums: Totals) -> list[str]:
     tensors = "1 tensor" if sums.tensors == 1 else f"{sums.tensors:,} tensors"
+    if sums.sharded:
+        tensors += f" ({sums.sharded:,} of them spread over ranks, {human_bytes(sums.sharded_nbytes)} in all)"
     lines = [
         f"{tensors}, {sums.elements:,} elements, {human_bytes(sums.nbytes)} of data "
         f"in {human_bytes(sums.file_nbytes)} of files"

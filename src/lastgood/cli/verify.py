@@ -37,6 +37,9 @@ def verify(
 ) -> None:
     """Check every byte: each checksum, all that lies between the data, index against pickle, manifest against files.
 
+    Of tensors that are spread over ranks, each file has to hold just the parts that the manifest promises, and all
+    files together every tensor as a whole.
+
     Exit status: 0 if all is as it was written, 1 if something is damaged (file and tensor are named), 2 if there is
     nothing to check. Steps whose save never finished are passed over. Files of torch.save are checked against the
     zip's checksums; those in torch's format before 1.6 have none, and are only measured.

@@ -20,6 +20,7 @@ from lastgood.format.index import (
     InvalidIndexError,
     Node,
     OpaqueNode,
+    ShardedNode,
     TensorNode,
     decode_index,
     walk_nodes,
@@ -87,8 +88,9 @@ class Archive:
         if not name.startswith(STORAGE_RECORD_PREFIX):
             return f"the record {name}", None
         storage = int(name.removeprefix(STORAGE_RECORD_PREFIX))
-        for path, node in walk_paths(self.index.root):
-            if isinstance(node, TensorNode) and node.storage == storage:
+        for path, node in walk_paths(self.index.root, into_shards=False):
+            tensors = node.items if isinstance(node, ShardedNode) else [node]
+            if any(isinstance(tensor, TensorNode) and tensor.storage == storage for tensor in tensors):
                 return f"the tensor at key {path!r} (record {name})", path
         return f"a value that only the pickle describes (record {name})", None
 

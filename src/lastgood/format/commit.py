@@ -15,19 +15,19 @@ from lastgood.errors import (
     StorageError,
     UncommittedCheckpointError,
 )
+from lastgood.format.archive import open_archive
 from lastgood.format.epoch import wait_for_lock
 from lastgood.format.identity import read_identity
 from lastgood.format.manifest import (
-    MANIFEST_VERSION,
     MAX_MANIFEST_SIZE,
     InvalidManifestError,
     Manifest,
-    ManifestFile,
     checkpoint_file,
     decode_manifest,
     encode_manifest,
     manifest_file,
 )
+from lastgood.format.vote import Ballot, ballot_of, not_of_this_save, tally
 from lastgood.storage.base import StorageBackend, StorageLock
 
 _LONGEST_PAUSE_SECS = 0.25
@@ -108,30 +108,22 @@ def publish_manifest(storage: StorageBackend, path: str, world_size: int, save_i
     ``save_id`` is that of rank 0's file, which publishes. Never replaces a manifest:
     :class:`~lastgood.errors.CheckpointExistsError`.
     """
-    files = [_manifest_entry(storage, path, rank, world_size) for rank in range(world_size)]
-    if files[0].save_id != save_id:
-        raise _not_this_rank(path, 0)
-    storage.put_if_absent(manifest_file(path), encode_manifest(Manifest(MANIFEST_VERSION, save_id, world_size, files)))
+    ballots = [_ballot_for(storage, path, rank, world_size) for rank in range(world_size)]
+    tables = {digest: table for ballot in ballots for digest, table in ballot.tables.items()}
+    manifest = tally([ballot.vote for ballot in ballots], tables.__getitem__, None)
+    if manifest.save_id != save_id:
+        raise not_of_this_save(checkpoint_file(path, 0), 0)
+    storage.put_if_absent(manifest_file(path), encode_manifest(manifest))
 
 
-def _manifest_entry(storage: StorageBackend, path: str, rank: int, world_size: int) -> ManifestFile:
+def _ballot_for(storage: StorageBackend, path: str, rank: int, world_size: int) -> Ballot:
+    """What this rank would vote; ranks that meet at a barrier do not."""
     name = checkpoint_file(path, rank)
     with closing(storage.open(name)) as file:
-        identity = read_identity(file)
-    if identity is None or (identity.rank, identity.world_size, identity.independent) != (rank, world_size, False):
-        raise _not_this_rank(path, rank)
-    return ManifestFile(rank, os.path.basename(name), identity.size, identity.trailer_crc, identity.save_id)
-
-
-def _not_this_rank(path: str, rank: int) -> CorruptCheckpointError:
-    name = checkpoint_file(path, rank)
-    return CorruptCheckpointError(
-        f"{name} is not the file that rank {rank} wrote in this save; the checkpoint is not committed. Do all ranks "
-        "save to the same directory, and no other job?",
-        path=name,
-        rank=rank,
-        phase="commit",
-    )
+        archive = open_archive(file)
+        if archive is None or (archive.index.rank, archive.index.world_size) != (rank, world_size):
+            raise not_of_this_save(name, rank)
+        return ballot_of(archive, archive.index.save_id)
 
 
 def wait_for_manifest(storage: StorageBackend, path: str, rank: int, save_id: str, timeout_secs: float) -> None:

@@ -388,12 +388,17 @@ def walk_nodes(root: Node) -> Iterator[tuple[Node, int]]:
             stack.pop()
 
 
-def walk_paths(root: Node) -> Iterator[tuple[str, Node]]:
-    """All values with their dotted key paths, a container before what it holds; keys themselves are left out."""
-    stack: list[tuple[str, Node]] = [("", root)]
+def walk_paths(root: Node, path: str = "", *, into_shards: bool = True) -> Iterator[tuple[str, Node]]:
+    """All values with their dotted key paths, a container before what it holds; keys themselves are left out.
+
+    ``path`` is that of ``root``. Without ``into_shards``, the parts of sharded tensors are left out.
+    """
+    stack: list[tuple[str, Node]] = [(path, root)]
     while stack:
         path, node = stack.pop()
         yield path, node
+        if isinstance(node, ShardedNode) and not into_shards:
+            continue
         inside = [(join_path(path, key), value) for key, value in keyed_children(node)]
         stack += reversed(inside)
 

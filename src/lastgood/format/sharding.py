@@ -319,7 +319,8 @@ def _in_order(steps: list[tuple[int, _Step]]) -> list[tuple[int, _Step]]:
     """
     order: list[tuple[int, _Step]] = []
     for number, step in reversed(steps):
-        if step.split_factor > 1 and step.split_factor == math.prod(inner.parts for _, inner in order):
+        are_plain = all(inner.split_factor == 1 for _, inner in order)
+        if step.split_factor > 1 and are_plain and step.split_factor == math.prod(inner.parts for _, inner in order):
             order.append((number, _Step(step.parts, 1)))
         else:
             order.insert(0, (number, step))

@@ -8,7 +8,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import msgspec
 
@@ -17,14 +17,15 @@ from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import (
     CONTAINERS,
+    DictNode,
+    MapNode,
     Node,
     OpaqueNode,
-    ReferenceNode,
+    OrderedDictNode,
     ShardedNode,
     TensorNode,
     encode_node,
-    join_path,
-    keyed_children,
+    walk_paths,
 )
 from lastgood.format.manifest import MANIFEST_VERSION, Manifest, ManifestFile, ShardedTensor, checkpoint_file
 from lastgood.format.sharding import Mesh, is_replica_mesh
@@ -84,7 +85,7 @@ def ballot_of(archive: Archive, save_id: str, replica_checksums: Sequence[int] =
     """
     index = archive.index
     if index.save_id != save_id or index.independent:
-        _raise_not_of_this_save(archive.file.path, index.rank)
+        raise not_of_this_save(archive.file.path, index.rank)
     tables: dict[str, bytes] = {}
     layouts = [_add(tables, table) for table in _layout_tables(archive)]
     replicas = _add(tables, dict(_replica_names(archive, replica_checksums))) if replica_checksums else ""
@@ -129,13 +130,19 @@ def _layout_tables(archive: Archive) -> Iterator[_LayoutTable]:
 
 def walk_leaves(root: Node, path: str = "") -> Iterator[tuple[str, Node]]:
     """All values that hold no others, and sharded tensors, with their key paths; ``path`` is that of ``root``."""
-    stack: list[tuple[str, Node]] = [(path, root)]
-    while stack:
-        path, node = stack.pop()
+    for place, node in walk_paths(root, path, into_shards=False):
         if isinstance(node, ShardedNode) or not isinstance(node, CONTAINERS):
-            yield path, node
-        else:
-            stack += [(join_path(path, key), value) for key, value in keyed_children(node)]
+            yield place, node
+
+
+def walk_values(root: Node, path: str = "") -> Iterator[tuple[str, Node]]:
+    """Like :func:`walk_leaves`, with the lists, tuples and sets: how long they are is a value, too.
+
+    (Which keys a dict has is not: stages of a pipeline have other ones.)
+    """
+    for place, node in walk_paths(root, path, into_shards=False):
+        if not isinstance(node, (DictNode, MapNode, OrderedDictNode)):
+            yield place, node
 
 
 # Values that are no sharded tensors: whether all ranks have the same
@@ -153,7 +160,7 @@ def _group_checksums(archive: Archive) -> bytes:
     """
     sums = [0] * GROUPS
     crcs = archive.record_crcs
-    for path, node in walk_leaves(archive.index.root):
+    for path, node in walk_values(archive.index.root):
         if not isinstance(node, ShardedNode):
             key = path.encode("utf-8", "surrogatepass")
             sums[crc32(key) % GROUPS] += crc32(_content(node, crcs, archive.index.rank), crc32(key))
@@ -166,16 +173,20 @@ def _content(node: Node, crcs: Sequence[int], rank: int) -> bytes:
     if isinstance(node, TensorNode):
         described = (node.dtype, node.offset, node.shape, node.stride, node.flags, crcs[FIRST_STORAGE + node.storage])
         return _encoder.encode(described)
-    if isinstance(node, (OpaqueNode, ReferenceNode)):
-        return b"%d" % rank
+    if isinstance(node, OpaqueNode):
+        return b"%d" % rank  # its bytes are not at hand
+    if isinstance(node, CONTAINERS):
+        return b"%s of %d" % (type(node).__name__.encode(), len(node.items))
     return encode_node(node)
 
 
 # The count
 
 
-def tally(votes: Sequence[bytes], fetch: Callable[[str], bytes], save_id: str) -> Manifest:
+def tally(votes: Sequence[bytes], fetch: Callable[[str], bytes], save_id: str | None) -> Manifest:
     """The manifest of a save for which every rank has voted; ``fetch`` gives the table with a digest.
+
+    ``save_id`` is that of all of them, or ``None`` for ranks that met at a barrier, each with a save id of its own.
 
     Raises :class:`~lastgood.errors.CorruptCheckpointError` for a vote of another save or rank,
     :class:`~lastgood.errors.RankMismatchError` where ranks of one mesh do not agree which tensors they share, or where
@@ -183,19 +194,28 @@ def tally(votes: Sequence[bytes], fetch: Callable[[str], bytes], save_id: str) -
     """
     decoded = [msgspec.json.decode(vote, type=Vote) for vote in votes]
     for rank, vote in enumerate(decoded):
-        if (vote.rank, vote.world_size, vote.save_id) != (rank, len(votes), save_id):
-            _raise_not_of_this_save(f"the file of rank {rank}", rank)
+        expected = vote.save_id if save_id is None else save_id
+        if (vote.rank, vote.world_size, vote.save_id) != (rank, len(votes), expected):
+            raise not_of_this_save(f"the file of rank {rank}", rank)
     _compare_replicas(decoded, fetch)
     meshes, tensors = _join_layouts(decoded, fetch)
     files = [
         ManifestFile(vote.rank, checkpoint_file("", vote.rank), vote.size, vote.trailer_crc, vote.save_id)
         for vote in decoded
     ]
-    return Manifest(MANIFEST_VERSION, save_id, len(votes), files, meshes, tensors, _differing_groups(decoded))
+    return Manifest(
+        MANIFEST_VERSION, decoded[0].save_id, len(votes), files, meshes, tensors, _differing_groups(decoded)
+    )
 
 
-def _raise_not_of_this_save(path: str, rank: int) -> NoReturn:
-    raise CorruptCheckpointError(
+def replica_tables_of(votes: Sequence[bytes]) -> set[str]:
+    """The digests of the tables of checksums that these votes refer to: other ones in every save."""
+    return {digest for vote in votes if (digest := msgspec.json.decode(vote, type=Vote).replicas)}
+
+
+def not_of_this_save(path: str, rank: int) -> CorruptCheckpointError:
+    """The error for a file of another save, or of another rank, where this rank's should be."""
+    return CorruptCheckpointError(
         f"{path} is not what rank {rank} wrote in this save; the checkpoint is not committed. Do all ranks save to the "
         "same directory, and no other job?",
         path=path,

@@ -173,5 +173,8 @@ class _FileInTime:
     def read_into(self, offset: int, target: memoryview) -> None:
         self._call(lambda: self._file.read_into(offset, target), "read", self.path, _READ_ONLY)
 
+    def expect_other_readers(self) -> None:
+        self._file.expect_other_readers()
+
     def close(self) -> None:
         self._file.close()

@@ -51,6 +51,9 @@ class LocalFile:
                     raise self._too_short(offset, length, offset + done)
                 done += count
 
+    def expect_other_readers(self) -> None:
+        self._direct_allowed = False
+
     def _read_piece(self, offset: int, piece: memoryview, address: int) -> int:
         """Read some of ``piece``, whichever way is fastest for its first bytes; returns how many, 0 at the end."""
         if self._direct is not None and self._direct_allowed and len(piece) >= _SMALLEST_DIRECT_READ:

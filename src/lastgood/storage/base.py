@@ -51,6 +51,12 @@ class StoredFile(Protocol):
         Raises :class:`~lastgood.errors.CorruptCheckpointError` when the file ends before ``target`` is full.
         """
 
+    def expect_other_readers(self) -> None:
+        """Several processes of this machine are about to read the same bytes: let the device be asked once for all.
+
+        A hint, for local storage to read through the page cache from now on.
+        """
+
     def close(self) -> None:
         """Give the file back. May be called several times."""
 

@@ -38,7 +38,7 @@ def offer() -> Coordination:
 def test_rank_0_offers_a_port_at_which_it_can_be_reached(group: None) -> None:
     found = offer()
     assert found.listener is not None
-    server = serve(found.listener)
+    server = serve(found.listener, found.world_size)
     client = Connection(found.host, found.port, served_here=False)
     client.open(PATIENCE_SECS)
     assert client.call(lambda store: store.add("x", 1), 5) == 1

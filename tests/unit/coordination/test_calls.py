@@ -89,7 +89,7 @@ def test_a_store_that_nobody_serves_any_more_is_given_up_in_time(monkeypatch: py
             client.call(lambda store: store.num_keys(), 1)
         # Those who knock before it is served are let in when it is.
         opened = start(client.open, PATIENCE_SECS)
-        server = serve(first.listener)
+        server = serve(first.listener, first.world_size)
         opened.result(PATIENCE_SECS)
         client.open(1)
         with pytest.raises(StoreTimeoutError):
@@ -171,7 +171,7 @@ def test_news_of_a_failure_that_nobody_could_be_told_come_with_the_next_save(
 def test_the_first_decision_stands() -> None:
     [first] = coordinations(1)
     assert first.listener is not None
-    server = serve(first.listener)
+    server = serve(first.listener, first.world_size)
     client = Connection(first.host, first.port, served_here=True)
     client.open(PATIENCE_SECS)
     assert not client.call(lambda store: is_decided_in(store, "x"), 1)

@@ -100,7 +100,13 @@ def comes_last(layout: Layout, number: int) -> bool:
         for inner, parts in zip(layout.placements[number + 1 :], layout.mesh.shape[number + 1 :], strict=True)
         if inner.dimension == placement.dimension
     ]
-    return placement.split_factor > 1 and placement.split_factor == math.prod(after)
+    inner = [
+        later
+        for later in range(number + 1, len(layout.placements))
+        if layout.placements[later].dimension == placement.dimension and not comes_last(layout, later)
+    ]
+    are_plain = all(layout.placements[later].split_factor == 1 for later in inner)
+    return are_plain and placement.split_factor > 1 and placement.split_factor == math.prod(after)
 
 
 def _chunks(array: NDArray[np.int64], count: int, axis: int) -> list[NDArray[np.int64]]:

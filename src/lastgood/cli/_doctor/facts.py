@@ -6,10 +6,12 @@ import time
 import msgspec
 
 from lastgood.cli._disk import WriterTrace, disk_size, identity_of, writer_traces
-from lastgood.errors import StorageError
+from lastgood.errors import CorruptCheckpointError, StorageError
+from lastgood.format.epoch import epoch_file, read_epoch
 from lastgood.format.manifest import MANIFEST_NAME, checkpoint_file, rank_of
 from lastgood.manager.catalog import Catalog, Condition, is_set_aside, read_catalog, step_of
 from lastgood.manager.run_log import Record, read_run_log
+from lastgood.storage._file_lock import lock_file
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.file_ops import FileOps, OsFileOps
 
@@ -21,7 +23,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     ``traces``: what writers have, or have left, in the directory of each step, and with the key ``None`` in the root
     itself. ``strangers``: names in the directories of unfinished steps that are not lastgood's. ``set_aside``: sizes by
     name. ``plain_files``: files that have a step's name. ``log_problem``: why the run's log cannot be read.
-    ``available``: the bytes that may still be written, if that is known.
+    ``epoch_problem``: why nobody can tell which job of several ranks saves there. ``available``: the bytes that may
+    still be written, if that is known.
     """
 
     root: str
@@ -34,6 +37,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     plain_files: tuple[str, ...] = ()
     log: tuple[Record, ...] = ()
     log_problem: str | None = None
+    epoch_problem: str | None = None
     available: int | None = None
 
 
@@ -58,7 +62,7 @@ def look(storage: StorageBackend, root: str, ops: FileOps | None = None) -> Fact
             for step, identity in identities.items()
             if identity is not None and identity.step is not None
         },
-        traces={None: tuple(writer_traces(root, ops))}
+        traces={None: tuple(trace for trace in writer_traces(root, ops) if not _is_of_epoch(trace))}
         | {step: tuple(writer_traces(path, ops)) for step, path in places.items()},
         strangers={
             entry.step: strangers
@@ -69,8 +73,22 @@ def look(storage: StorageBackend, root: str, ops: FileOps | None = None) -> Fact
         plain_files=tuple(name for name in catalog.others if step_of(name) is not None),
         log=log,
         log_problem=log_problem,
+        epoch_problem=_epoch_problem(storage, root),
         available=available,
     )
+
+
+def _epoch_problem(storage: StorageBackend, root: str) -> str | None:
+    try:
+        read_epoch(storage, root)
+    except (CorruptCheckpointError, StorageError) as error:
+        return str(error)
+    return None
+
+
+def _is_of_epoch(trace: WriterTrace) -> bool:
+    """Jobs of several ranks hold this lock whenever they publish; whoever takes it next clears it away."""
+    return trace.path == lock_file(epoch_file(os.path.dirname(trace.path)))
 
 
 def _strangers(storage: StorageBackend, path: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import msgspec
 from lastgood.cli._disk import WriterTrace
 from lastgood.cli._doctor.facts import Facts
 from lastgood.cli._output import human_bytes, human_moment, human_time
+from lastgood.format.epoch import epoch_file
 from lastgood.manager.catalog import RUN_LOG_NAME, Condition, Entry, step_name
 from lastgood.manager.run_log import RunRecord, SaveRecord, SetAsideRecord
 
@@ -37,7 +38,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 def diagnose(facts: Facts) -> list[Finding]:
     """All findings: first what concerns the run as a whole, then step by step, then what lies about."""
-    findings = [*_nothing_committed(facts), *_space(facts), *_log(facts)]
+    findings = [*_nothing_committed(facts), *_space(facts), *_log(facts), *_epoch(facts)]
     for entry in facts.catalog.entries:
         findings += _of_step(facts, entry)
     findings += [_set_aside(facts, name, size) for name, size in facts.set_aside.items()]
@@ -135,6 +136,20 @@ def _log(facts: Facts) -> Iterator[Finding]:
         command=None if is_over else _command("tail", "-n", "5", path),
         needs_action=not is_over,
     )
+
+
+def _epoch(facts: Facts) -> Iterator[Finding]:
+    if facts.epoch_problem is not None:
+        path = epoch_file(facts.root)
+        yield Finding(
+            kind="unreadable epoch",
+            path=path,
+            what=f"The record of which job of several ranks saves here cannot be read: {facts.epoch_problem}",
+            means="No job of several ranks can begin to save here.",
+            safe=f"It is no part of any checkpoint. {_resume(facts)}",
+            do="Make sure that no job saves here, and remove it: the next one makes a new one.",
+            command=_command("rm", path),
+        )
 
 
 def _of_step(facts: Facts, entry: Entry) -> Iterator[Finding]:

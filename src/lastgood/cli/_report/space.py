@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lastgood._contents import FileContents, TensorInfo, tensors
+from lastgood._contents import FileContents, SpreadTensor, TensorInfo, tensors
 from lastgood.cli._report.data import DtypeTotal, Space, SpaceNodes
 from lastgood.cli._report.words import count_in_words, printable
 
@@ -38,20 +38,33 @@ class _Branch:
 
 
 def space_of(step: int, files: Sequence[FileContents], most_nodes: int = MOST_NODES) -> Space:
-    """The space in the files of one checkpoint. Bytes that tensors share are counted for the first one."""
+    """The space in the files of one checkpoint. Bytes that tensors share are counted for the first one.
+
+    Tensors that are spread over ranks stand once, beside what each rank has.
+    """
     root = _Branch(f"step {step}")
     totals: Counter[str] = Counter()
     counts: Counter[str] = Counter()
+    spread: dict[str, tuple[SpreadTensor, int]] = {}
     for file in files:
-        top = root if len(files) == 1 else root.children.setdefault(str(file.rank), _Branch(f"rank {file.rank}"))
+        name = f"rank {file.rank}"
+        top = root if len(files) == 1 else root.children.setdefault(name, _Branch(name))
         other = file.nbytes
         for info, nbytes, note in _shares(file):
-            _put(top, info, nbytes, note)
             totals[info.dtype] += nbytes
-            counts[info.dtype] += 1
             other -= nbytes
+            if info.part_of is not None and len(files) > 1:
+                known = spread.get(info.part_of.path, (info.part_of, 0))
+                spread[info.part_of.path] = (known[0], known[1] + nbytes)
+                continue
+            _put(top, info, nbytes, note)
+            counts[info.dtype] += 1
         if other > 0:
             top.children[_OTHER] = _Branch(_OTHER, nbytes=other, note=_OTHER_NOTE)
+    for tensor, nbytes in spread.values():
+        counts[tensor.dtype] += 1
+        note = printable(tensor.placement, _LONGEST_NAME)
+        _put(root, TensorInfo(tensor.path, tensor.dtype, tensor.shape, nbytes, 0, ""), nbytes, note)
     _add_up(root)
     _shorten_chains(root)
     joined = _join_small(root, most_nodes)
