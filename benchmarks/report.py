@@ -75,7 +75,24 @@ class SlowdownSection:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-AnySection = Section | MemorySection | SlowdownSection
+@dataclass(frozen=True)
+class WrittenSection:
+    """What each rank has written during one save, by name of the saver; and the size of the files that are there."""
+
+    key: str
+    title: str
+    nbytes: int
+    """Of the state, whatever several ranks hold counted once."""
+
+    by_rank: dict[str, list[int]]
+    in_files: dict[str, int]
+    at_most: Mapping[str, int] = field(default_factory=dict)
+    """Aims for all ranks together."""
+
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+AnySection = Section | MemorySection | SlowdownSection | WrittenSection
 
 
 @dataclass(frozen=True)
@@ -188,6 +205,8 @@ def text_of(section: AnySection) -> str:
     """What is printed of a section."""
     if isinstance(section, MemorySection):
         return memory_text(section)
+    if isinstance(section, WrittenSection):
+        return written_text(section)
     return slowdown_text(section) if isinstance(section, SlowdownSection) else section_text(section)
 
 
@@ -209,12 +228,38 @@ def memory_text(section: MemorySection) -> str:
     )
 
 
+def written_text(section: WrittenSection) -> str:
+    """The table of bytes. Something that was written twice shows in what all ranks have written beyond the state."""
+    rows = [("", "all ranks", "over the state", "each rank", "files", "aim", "")]
+    for name, by_rank in section.by_rank.items():
+        written, limit = sum(by_rank), section.at_most.get(name)
+        rows.append(
+            (
+                name,
+                _megabytes(written),
+                f"{written / section.nbytes - 1:+.2%}",
+                f"{_megabytes(min(by_rank))} - {_megabytes(max(by_rank))}",
+                _megabytes(section.in_files[name]),
+                "" if limit is None else f"at most {_megabytes(limit)}",
+                "" if limit is None else _verdict([written <= limit]),
+            )
+        )
+    lines = [f"{section.title} ({_megabytes(section.nbytes)} of tensors)", *_table(rows, figures=(1, 2, 3, 4))]
+    return "\n".join([*lines, *_left_out_lines(section.left_out), ""])
+
+
 def as_json(machine: dict[str, str], sections: Sequence[AnySection]) -> dict[str, Any]:
     """All samples, for other programs."""
     found: dict[str, Any] = {"machine": machine}
     for section in sections:
         if isinstance(section, MemorySection):
             found[section.key] = {"nbytes": section.nbytes, "extra_peak_bytes": section.extra}
+        elif isinstance(section, WrittenSection):
+            found[section.key] = {
+                "nbytes": section.nbytes,
+                "written_bytes_by_rank": section.by_rank,
+                "bytes_in_files": section.in_files,
+            }
         elif isinstance(section, SlowdownSection):
             found[section.key] = {
                 "nbytes": section.nbytes,

@@ -21,6 +21,7 @@ from async_sections import (
     measure_async_training_state,
 )
 from command_section import measure_command
+from ranks_sections import RankOptions, measure_ranks
 from report import AnySection, as_json, machine_facts, machine_text, text_of
 from sections import (
     Rounds,
@@ -35,13 +36,22 @@ from sections import (
 )
 from states import training_state
 
-CHOICES = ("memory", "save", "load", "small", "async", "command")
+CHOICES = ("memory", "save", "load", "small", "async", "command", "ranks")
 ASYNC_PARTS = ("training", "tensor", "small", "slowdown")
 MOST_SMALL_ROUNDS = 2
 LIBRARIES = ("torch", "lastgood", "safetensors", "fastsafetensors", "torch-checkpointing")
 FILES_AT_ONCE = 5
 COPIES_AT_ONCE = 9
 """Of a state in memory: with each asynchronous saver, the copy limit, the page cache and the memory touched before."""
+
+QUICK_BYTES = 48 << 20
+FILES_OF_RANKS_AT_ONCE = 3
+COPIES_OF_RANKS_AT_ONCE = 7
+"""Of the state of all ranks: in the trainings, staged by each asynchronous saver, to load into, in the page cache, and
+the memory touched before."""
+
+MEMORY_OF_RANK_PROCESSES = 4 << 30
+"""Each rank and the process of each of its asynchronous savers has imported torch."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -73,6 +83,9 @@ def _measure(options: argparse.Namespace, directory: str) -> Iterator[AnySection
         yield from _measure_async(options, directory)
     if "command" in wanted:
         yield measure_command(directory, options.small_tensors, options.rounds)
+    if "ranks" in wanted:
+        nbytes, rounds = (QUICK_BYTES, 1) if options.quick else (options.size, options.rounds)
+        yield from measure_ranks(RankOptions(directory, nbytes, rounds, options.touch_memory and not options.quick))
 
 
 def _measure_async(options: argparse.Namespace, directory: str) -> Iterator[AnySection]:
@@ -121,6 +134,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--small-tensors", type=_positive, default=100_000, help="how many async and command have (default: 100000)"
     )
+    parser.add_argument("--quick", action="store_true", help="ranks: one round, small state: does it work?")
     parser.add_argument("--directory", default=".", help="where to write, on the disk in question (default: here)")
     parser.add_argument(
         "--memory-as-found",
@@ -151,13 +165,17 @@ def _positive(text: str) -> int:
 def _require_room(options: argparse.Namespace) -> None:
     """End with a clear message if the disk or the memory is too small for what was asked for."""
     disk, memory = 0, 0
-    if options.only != "async":
+    if options.only not in ("async", "ranks"):
         disk = memory = FILES_AT_ONCE * options.size
     if options.only in (None, "async"):
         parts = options.async_part or ASYNC_PARTS
         largest = max(options.size * ("training" in parts), options.tensor_size * ("tensor" in parts))
         disk = max(disk, 2 * largest)
         memory = max(memory, COPIES_AT_ONCE * largest)
+    if options.only in (None, "ranks"):
+        nbytes = QUICK_BYTES if options.quick else options.size
+        disk = max(disk, FILES_OF_RANKS_AT_ONCE * nbytes)
+        memory = max(memory, COPIES_OF_RANKS_AT_ONCE * nbytes + MEMORY_OF_RANK_PROCESSES)
     for kind, needed, free in (
         ("disk", disk, shutil.disk_usage(options.directory).free),
         ("memory", memory, _available_memory()),

@@ -76,8 +76,8 @@ class CapturedState:
 
     has_opaque_values: bool
 
-    replicas: Sequence[torch.Tensor] = ()
-    """The tensors that were declared to be the same on all ranks, whole, in the order of their names."""
+    replicas: Sequence[tuple[str, torch.Tensor]] = ()
+    """The tensors that were declared to be the same on all ranks, whole, by their names and in the order of these."""
 
     def image(self, head: IndexHead) -> FileImage:
         """The file image of this state for one save."""

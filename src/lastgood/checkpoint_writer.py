@@ -150,7 +150,7 @@ class CheckpointWriter:
         def replica_checksums() -> list[int]:
             from lastgood.sharding.checksums import checksum
 
-            return [checksum(replica) for replica in replicas]
+            return [checksum(replica) for _, replica in replicas]
 
         self._save(path, prepare, kwargs, replica_checksums)
         return None

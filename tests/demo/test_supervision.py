@@ -1,5 +1,6 @@
 """Kills fall where they were planned; a child that dies of something else is reported; no child is left behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,8 +30,11 @@ from lastgood.cli._demo.survivor import Survivor
 
 
 def _children() -> set[int]:
-    tasks = Path("/proc/self/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
 
 
 def _is_running(pid: int) -> bool:

@@ -1,6 +1,5 @@
 """One snapshot being staged: what is copied at once, what is copied in the background, and what is checked then."""
 
-import array
 import itertools
 import threading
 from collections import deque
@@ -15,12 +14,12 @@ from lastgood._snapshot import Placement, Snapshot, replica_checks_at
 from lastgood._staging.arena import Arena
 from lastgood._staging.device_copies import DeviceCopies, runtime_of
 from lastgood._staging.plan import NOTHING, Planner, Selection, Taken, arena_size
+from lastgood._staging.replica_checks import ReplicaChecks
 from lastgood._staging.witnesses import Witnesses
 from lastgood._threads import run_all
 from lastgood.errors import SaveTimeoutError, StagingError
 from lastgood.format.image import lay_out_data
 from lastgood.format.in_memory import lay_down
-from lastgood.sharding.checksums import checksum
 from lastgood.types import STATE_DICT
 
 PIECE_SIZE = 8 << 20
@@ -76,6 +75,7 @@ class StagingJob:
         late = [*self._late_small.numbers, *taken.plan.large]
         self._witnesses = Witnesses(taken, late, full_check=self._options.full_check)
         self._read_addresses = _storage_addresses(taken, late)
+        self._replicas = ReplicaChecks(taken.replicas) if taken.replicas else None
 
     def _copy_early(self) -> None:
         """Copy the small storages to their places, or, where these are not there yet, to memory of our own."""
@@ -153,30 +153,14 @@ class StagingJob:
         for number, target in zip(self._late_small.numbers, targets, strict=True):
             self._witnesses.check(number, target)
         self._copy_large(self._taken.plan.large)
-        self._check_replicas()
+        self._leave_replica_checksums()
 
-    def _check_replicas(self) -> None:
+    def _leave_replica_checksums(self) -> None:
         """Leave the checksums of what other ranks write in the arena, for them to be compared."""
-        replicas = self._taken.replicas
-        if not replicas:
-            return
         assert self.arena is not None  # run() has checked
-        start, end = replica_checks_at(self._taken.plan.describe())
-        checksums = array.array("I", [0]) * len(replicas)
-
-        def timed_out() -> StagingError:
-            return StagingError(
-                f"the tensors that are the same on all ranks were not checked within {self._options.timeout_secs:g} s "
-                "each; the snapshot was given up. Is the machine swapping?",
-                phase="stage",
-            )
-
-        def check(task: tuple[int, torch.Tensor]) -> None:
-            number, tensor = task
-            checksums[number] = checksum(tensor)
-
-        run_all(list(enumerate(replicas)), check, COPY_THREADS, self._options.timeout_secs, timed_out, name="stage")
-        self.arena.memory(start, end - start)[:] = checksums.tobytes()
+        if self._replicas is not None:
+            start, end = replica_checks_at(self._taken.plan.describe())
+            self.arena.memory(start, end - start)[:] = self._replicas.checksums(self._options.timeout_secs)
 
     def _copy_large(self, numbers: list[int]) -> None:
         plan, path = self._taken.plan, "the snapshot"
@@ -240,7 +224,7 @@ class StagingJob:
         self._state = None
         # Nor may the tensors live until they are written: they are the user's memory, and whoever lets go of them last
         # must not be a thread that the end of the interpreter finds in the middle of that (torch aborts then).
-        del self._taken, self._witnesses
+        del self._taken, self._witnesses, self._replicas
         self._over.set()
         self.snapshot.report_end(error)
 
@@ -291,7 +275,7 @@ def _storage_addresses(taken: Taken, numbers: list[int]) -> set[int] | None:
         if not tensors:
             return None
         found.add(tensors[0].untyped_storage().data_ptr())
-    found.update(replica.untyped_storage().data_ptr() for replica in taken.replicas)
+    found.update(replica.untyped_storage().data_ptr() for _, replica in taken.replicas)
     return found
 
 

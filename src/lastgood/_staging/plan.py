@@ -190,7 +190,7 @@ class Taken(msgspec.Struct):
     ``addresses`` has an entry for each storage; that of a storage on a device is 0, and ``device_parts`` has its
     bytes as a tensor. ``tensors`` are those that stand on each large storage. ``owners`` keep the memory alive.
     ``storages`` are those that are copied late. ``unchecked`` is what remains to be compared with the plan before the
-    snapshot may be published. ``replicas`` are tensors of which only the checksum is wanted.
+    snapshot may be published. ``replicas`` are tensors of which only the checksum is wanted, by name.
     """
 
     plan: Plan
@@ -200,7 +200,7 @@ class Taken(msgspec.Struct):
     storages: dict[int, torch.UntypedStorage]
     owners: Any
     unchecked: "Sequence[torch.Tensor] | None" = None
-    replicas: Sequence[torch.Tensor] = ()
+    replicas: Sequence[tuple[str, torch.Tensor]] = ()
 
 
 class Planner:

@@ -327,6 +327,24 @@ def _in_order(steps: list[tuple[int, _Step]]) -> list[tuple[int, _Step]]:
     return order
 
 
+def has_two_readings(layout: Layout) -> bool:
+    """Whether two ranks may hold other elements than these rules say, although all local shapes are as they say.
+
+    A strided division may stand for what FSDP2 makes, or for what DTensor would make. With one division after it, some
+    rank's shape tells them apart wherever they differ; with more, only sizes that divide evenly leave no doubt.
+    """
+    for dimension, size in enumerate(layout.shape):
+        placed = [
+            (parts, placement.split_factor)
+            for parts, placement in zip(layout.mesh.shape, layout.placements, strict=True)
+            if placement.dimension == dimension
+        ]
+        is_strided = any(factor > 1 for _, factor in placed[:-2])
+        if is_strided and size % math.prod(parts for parts, _ in placed):
+            return True
+    return False
+
+
 def _divide(layout: Layout) -> _Division:
     return _division(len(layout.shape), layout.mesh.shape, layout.placements)
 

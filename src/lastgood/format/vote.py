@@ -196,7 +196,7 @@ def tally(votes: Sequence[bytes], fetch: Callable[[str], bytes], save_id: str | 
     for rank, vote in enumerate(decoded):
         expected = vote.save_id if save_id is None else save_id
         if (vote.rank, vote.world_size, vote.save_id) != (rank, len(votes), expected):
-            raise not_of_this_save(f"the file of rank {rank}", rank)
+            raise not_of_this_save(checkpoint_file("", rank), rank)
     _compare_replicas(decoded, fetch)
     meshes, tensors = _join_layouts(decoded, fetch)
     files = [
@@ -216,8 +216,8 @@ def replica_tables_of(votes: Sequence[bytes]) -> set[str]:
 def not_of_this_save(path: str, rank: int) -> CorruptCheckpointError:
     """The error for a file of another save, or of another rank, where this rank's should be."""
     return CorruptCheckpointError(
-        f"{path} is not what rank {rank} wrote in this save; the checkpoint is not committed. Do all ranks save to the "
-        "same directory, and no other job?",
+        f"{path} is not the file that rank {rank} wrote in this save; the checkpoint is not committed. Do all ranks "
+        "save to the same directory, and no other job?",
         path=path,
         rank=rank,
         phase="commit",

@@ -10,7 +10,7 @@ import torch
 
 from lastgood._torch_internals import root_mesh
 from lastgood.errors import UnsupportedStateError
-from lastgood.format.sharding import Layout, Mesh, Placement, local_shape
+from lastgood.format.sharding import Layout, Mesh, Placement, has_two_readings, local_shape
 
 
 def dtensor_class() -> type[torch.Tensor] | None:
@@ -125,6 +125,15 @@ def placements_of(tensor: Any, path: str) -> list[Placement]:
 
 def require_usual_shards(layout: Layout, rank: int, local: torch.Tensor) -> None:
     """Raise :class:`~lastgood.errors.UnsupportedStateError` unless the local tensor is as large as DTensor makes it."""
+    if has_two_readings(layout):
+        raise UnsupportedStateError(
+            f"the tensor at key {layout.name!r} of shape {layout.shape} is placed as "
+            f"{', '.join(map(str, layout.placements))} on a mesh of {layout.mesh.shape}, which does not divide it "
+            "evenly: torch's own parts do not agree who holds what then. Nothing was written. Pad it to a size that "
+            "divides, or redistribute it first.",
+            tensor=layout.name,
+            rank=rank,
+        )
     expected = local_shape(layout, rank)
     if tuple(local.shape) != expected:
         raise UnsupportedStateError(

@@ -40,7 +40,7 @@ class LocalShards:
         raise TypeError("the shards of a tensor are described, never pickled")
 
 
-def replicas_by_name(shards: Iterable[LocalShards]) -> list[torch.Tensor]:
-    """The whole tensors of those that all ranks have to have the same, in the order of their names."""
+def replicas_by_name(shards: Iterable[LocalShards]) -> list[tuple[str, torch.Tensor]]:
+    """The whole tensors that all ranks have to have the same, in the order of their names."""
     found = [(each.description.name, each.replica) for each in shards if each.replica is not None]
-    return [replica for _, replica in sorted(found, key=lambda pair: pair[0])]
+    return sorted(found, key=lambda pair: pair[0])

@@ -135,7 +135,7 @@ def test_a_save_without_spread_tensors_is_counted_too(tmp_path: Path) -> None:
 
 
 def test_the_file_of_another_save_gets_no_ballot(tmp_path: Path) -> None:
-    with pytest.raises(CorruptCheckpointError, match="is not what rank 1 wrote in this save") as raised:
+    with pytest.raises(CorruptCheckpointError, match="is not the file that rank 1 wrote in this save") as raised:
         rank_file(tmp_path, 1, 2, WEIGHTS, save_id=OTHER_SAVE)
     assert raised.value.rank == 1
     assert raised.value.path == checkpoint_file(str(tmp_path), 1)
@@ -150,7 +150,7 @@ def test_a_file_that_no_manifest_will_join_gets_no_ballot(tmp_path: Path) -> Non
 def test_a_vote_of_another_save_is_not_counted(tmp_path: Path) -> None:
     files = files_of(tmp_path, same(3))
     files[2] = rank_file(tmp_path, 2, 3, WEIGHTS, save_id=OTHER_SAVE, voted_save=OTHER_SAVE)
-    with pytest.raises(CorruptCheckpointError, match="the file of rank 2 is not what rank 2 wrote") as raised:
+    with pytest.raises(CorruptCheckpointError, match=r"checkpoint_2\.pt is not the file that rank 2 wrote") as raised:
         count(files)
     assert (raised.value.rank, raised.value.phase) == (2, "commit")
 
