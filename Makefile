@@ -2,12 +2,10 @@
 #
 #   make test PYTHON=python3.12           another Python (for a new .venv)
 #   make test ARGS='tests/unit -k events' part of the tests, without the coverage limit
-#   make test TEST_PROCESSES=1            all of them one after the other (they wait a lot: three share two cores well)
 #   make demo ARGS='--help'               options of the command behind demo and bench
 
 PYTHON ?= python3
 ARGS ?=
-TEST_PROCESSES ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +27,7 @@ demo: $(DEV_READY) ## train, kill, resume: the main job on real text, in about t
 
 test: $(DEV_READY) ## the tests; all of them with line and branch coverage
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report=term
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

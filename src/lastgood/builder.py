@@ -107,6 +107,10 @@ def make_async_checkpointer(
         coordination = _find_coordination(rank_info)
     if "coordination" in wanted:
         wanted["coordination"] = coordination
+    is_standard = checkpoint_writer_init_fn is make_standard_writer
+    if config.replicated and not is_standard:
+        raise ConfigError("replicated is for the standard writer: one of your own gets what it is given, undivided")
+    divider = Divider(rank_info, config.replicated, commits_together=coordination is not None) if is_standard else None
     try:
         process = CheckpointProcess(
             rank_info,
@@ -130,14 +134,13 @@ def make_async_checkpointer(
         world_size=rank_info.global_world_size,
         independent=rank_info.global_world_size > 1 and barrier_class is None and coordination is None,
     )
-    is_standard = checkpoint_writer_init_fn is make_standard_writer
     return AsyncCheckpointer(
         stager,
         process,
         CheckpointReader(rank_info),
         may_write=may_write if is_standard else None,
         votes=votes,
-        divider=Divider(rank_info, config.replicated) if is_standard else None,
+        divider=divider,
     )
 
 

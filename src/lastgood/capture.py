@@ -46,7 +46,7 @@ from lastgood.format.sharding import Mesh
 from lastgood.format.spec import DTYPES, MAX_INDEX_DEPTH
 from lastgood.format.stream import FileImage, make_image, native_byteorder
 from lastgood.sharding.dtensors import is_dtensor
-from lastgood.sharding.local_shards import LocalShards, replicas_by_name
+from lastgood.sharding.local_shards import LocalShards, replicas_by_name, sources_of
 
 _DTYPES: dict[torch.dtype, tuple[str, int, bool]] = {
     getattr(torch, name): (name, info.itemsize, name.startswith("complex"))
@@ -78,6 +78,9 @@ class CapturedState:
 
     replicas: Sequence[tuple[str, torch.Tensor]] = ()
     """The tensors that were declared to be the same on all ranks, whole, by their names and in the order of these."""
+
+    sources: Sequence[tuple[str, torch.Tensor]] = ()
+    """The DTensors that tensors of the index are parts of, with their names."""
 
     def image(self, head: IndexHead) -> FileImage:
         """The file image of this state for one save."""
@@ -112,8 +115,8 @@ def _capture(state: Any) -> CapturedState:
     index = _make_index(root, [use.entry() for use in uses], list(walker.meshes))
     pickle_bytes = place_opaque_values(index, bodies, [node for node, _, _ in walker.opaque])
     index.pickle_size = len(pickle_bytes)
-    replicas = replicas_by_name(walker.replicas)
-    return CapturedState(index, pickle_bytes, list(uses), walker.tensors, bool(walker.opaque), replicas)
+    replicas, sources = replicas_by_name(walker.shards), sources_of(walker.shards)
+    return CapturedState(index, pickle_bytes, list(uses), walker.tensors, bool(walker.opaque), replicas, sources)
 
 
 def _make_index(root: Node, storages: list[StorageEntry], meshes: list[Mesh]) -> Index:
@@ -158,7 +161,7 @@ class _Walker:
         self.tensors: list[tuple[torch.Tensor, TensorNode]] = []
         self.meshes: dict[Mesh, int] = {}
         self._mesh_numbers: dict[int, int] = {}
-        self.replicas: list[LocalShards] = []
+        self.shards: list[LocalShards] = []
         self._numbers: dict[int, int] = {}
         self._tuples: set[int] = set()
         self._repeats = 0
@@ -199,8 +202,7 @@ class _Walker:
                 "pickle describes; nothing was written. Gather it before saving.",
                 tensor=path,
             )
-        if value.replica is not None:
-            self.replicas.append(value)
+        self.shards.append(value)
         return ShardedNode(
             mesh=self._mesh_number(description.mesh),
             placements=description.placements,

@@ -78,10 +78,9 @@ class CheckpointReader:
         options = Options(
             map_location, mmap, verify, verify_first, verify_whole, check_keys, {} if per_rank is None else per_rank
         )
-        if not allow_uncommitted:
-            manifest = read_manifest(self._storage, path)
-            if manifest is not None and self._concerns_many_files(manifest):
-                return self._read_many(path, manifest, state_dict, options)
+        manifest = read_manifest(self._storage, path)
+        if manifest is not None and self._concerns_many_files(manifest):
+            return self._read_many(path, manifest, state_dict, options)
         return self._read_own(path, state_dict, options, allow_uncommitted=allow_uncommitted)
 
     def _concerns_many_files(self, manifest: Manifest) -> bool:

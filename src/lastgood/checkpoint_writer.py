@@ -124,6 +124,8 @@ class CheckpointWriter:
             else:
                 # A checkpoint process is ready before that: importing torch may take longer than it has got to start.
                 start_or_do(self._make_coordinator_early, name="lastgood-coordinator")
+        if replicated:
+            self._own_divider()  # refuses them where replicas could not be compared
 
     def write(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> Future[None] | None:
         """Write ``state_dict`` to the directory ``path``; when this returns ``None``, the checkpoint is durable.
@@ -159,7 +161,7 @@ class CheckpointWriter:
         if self._divider is None:
             from lastgood.sharding.divide import Divider
 
-            self._divider = Divider(self._rank_info, self._replicated)
+            self._divider = Divider(self._rank_info, self._replicated, commits_together=self._coordination is not None)
         return self._divider
 
     def write_staged(self, path: str, staged: StagedImage, /, **kwargs: Any) -> None:

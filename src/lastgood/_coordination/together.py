@@ -252,8 +252,17 @@ class SaveTogether:
         votes = self._collect_votes()
         manifest = tally(votes, self._fetch_table, self.save_id)
         self._forget_checksums(replica_tables_of(votes))
-        with publishing(self._storage, self._root, self._epoch, self._timeout_secs):
-            self._storage.put_if_absent(manifest_file(self._path), encode_manifest(manifest))
+        data = encode_manifest(manifest)
+        upload = self._storage.begin(manifest_file(self._path), len(data))
+        try:
+            upload.write_at(0, memoryview(data))
+            # What may take long, and be given up while it goes on, comes before the lock that shuts out other jobs.
+            upload.make_durable()
+            with publishing(self._storage, self._root, self._epoch, self._timeout_secs):
+                upload.commit(replace=False)
+        except BaseException:
+            upload.abort()
+            raise
         # It is committed, whether or not the others can be told: they look for the manifest themselves then.
         self._is_told = True
         with contextlib.suppress(BarrierTimeoutError):
@@ -291,16 +300,19 @@ class SaveTogether:
 
     def _wait_for_manifest(self) -> None:
         result = self._key("result")
+        was_heard = False
         try:
             if self._came(result, self._timeout_secs):
                 outcome = Outcome.decode(self._ask(lambda store: store.get(result), ANSWER_SECS))
+                was_heard = True
                 self._hear()
             else:
                 outcome = Outcome(f"rank 0 had all votes, and has not committed within {self._timeout_secs:g} s", (0,))
         except BarrierTimeoutError as error:
             outcome = Outcome(f"{error.__cause__}{_RANK_0_IS_GONE}", (0,))
         self._is_told = True
-        if outcome.reason is not None and not self._is_committed():
+        # What rank 0 says counts: it may have published, and not know whether that survives a power cut.
+        if outcome.reason is not None and (was_heard or not self._is_committed()):
             raise self._error(outcome.reason, outcome.missing)
 
     def _is_committed(self) -> bool:

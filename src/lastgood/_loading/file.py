@@ -161,7 +161,7 @@ def _load_new(archive: Archive, source: Source, map_location: MapLocation, *, ch
     else:
         read_parts(archive, requests, check=False, owner=pool)
     pool.relocate()
-    whole = WholeTensors(spread, map_location)
+    whole = WholeTensors(spread, map_location, source)
     if not pool.without_data:
         read_spread(whole.targets(), source, check=check)
     return ValueBuilder(table, pool.tensor, opaque, whole.tensor).build(root)
@@ -229,7 +229,7 @@ def _load_into(
     merge.check_opaque(opaque)
     requests = ask(pool, fresh)
     pairs = Pairs([(tensor, node) for _, tensor, node in merge.in_place])
-    whole = WholeTensors(spread, map_location)
+    whole = WholeTensors(spread, map_location, source)
     with naming_undefined_targets(archive.file.path, [path for path, _, _ in (*merge.in_place, *merge.spread)]):
         read_parts(archive, [*requests, *pairs.requests()], check=check, owner=(pool, pairs))
         pairs.finish(archive, opaque, check=check)

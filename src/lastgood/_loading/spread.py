@@ -1,5 +1,6 @@
 """Tensors that are spread over ranks, where they were saved or where they are wanted: which part is read from where."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from lastgood._loading.values import (
     MapLocation,
     byte_range,
     contiguous_stride,
+    is_meta,
     new_storage,
     relocated,
     torch_dtype,
@@ -23,10 +25,10 @@ from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import ShardedNode, TensorNode
 from lastgood.format.manifest import Manifest, ShardedTensor
-from lastgood.format.sharding import Box, Layout, Shape, held_pieces, pieces_within, whole
+from lastgood.format.sharding import Box, Layout, Mesh, Shape, held_pieces, pieces_within, whole
 from lastgood.format.spec import BLOCK_SIZE, DTYPES
 from lastgood.format.vote import walk_leaves
-from lastgood.sharding.dtensors import Meshes, is_dtensor, local_tensor, placements_of, require_usual_shards
+from lastgood.sharding.dtensors import is_dtensor, local_tensor, own_mesh, placements_of, require_usual_shards
 
 _SHARED_FROM = 4
 """From so many ranks of a machine that read the same on, its page cache is faster (docs/performance.md)."""
@@ -188,9 +190,14 @@ def target_regions(tensor: torch.Tensor, key: str = "") -> Iterator[tuple[Box, t
         yield piece.box, _narrowed(local, piece.local_offsets, piece.box.sizes)
 
 
+@functools.lru_cache(maxsize=16)
+def _mesh_of_target(device_mesh: Any) -> Mesh:
+    return own_mesh(device_mesh)
+
+
 def _layout_of_target(tensor: Any, key: str) -> Layout | None:
     """How the target is spread; ``None`` where this rank has no part of it."""
-    mesh, _ = Meshes([tensor]).describe(tensor.device_mesh, torch.distributed.get_rank())
+    mesh = _mesh_of_target(tensor.device_mesh)
     if torch.distributed.get_rank() not in mesh.positions:
         return None
     return Layout(key, tensor.dtype.itemsize, tuple(tensor.shape), mesh, tuple(placements_of(tensor, key)))
@@ -227,15 +234,17 @@ def _narrowed(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]
 class WholeTensors:
     """Tensors that were spread over ranks, newly made as whole ones."""
 
-    def __init__(self, nodes: Sequence[ShardedNode], map_location: MapLocation) -> None:
+    def __init__(self, nodes: Sequence[ShardedNode], map_location: MapLocation, source: "Source") -> None:
         self._map_location = map_location
         self._made: dict[int, torch.Tensor] = {}
         self._nodes = list({id(node): node for node in nodes}.values())
         for node in self._nodes:
+            source.find(node, whole(node.shape))  # memory is made for what is there, not for what a file claims
             dtype = torch_dtype(node.dtype)
             nbytes = whole(node.shape).element_count * DTYPES[node.dtype].itemsize
-            self._made[id(node)] = torch.empty(0, dtype=dtype).set_(
-                new_storage(nbytes), 0, node.shape, contiguous_stride(node.shape)
+            device = "meta" if is_meta(map_location) else "cpu"
+            self._made[id(node)] = torch.empty(0, dtype=dtype, device=device).set_(
+                new_storage(nbytes, device), 0, node.shape, contiguous_stride(node.shape)
             )
 
     def targets(self) -> list[SpreadTarget]:
@@ -245,7 +254,7 @@ class WholeTensors:
     def tensor(self, node: ShardedNode) -> torch.Tensor:
         """The tensor of a node, once it has been read, where ``map_location`` wants it."""
         tensor = self._made[id(node)]
-        if self._map_location is not None:
+        if self._map_location is not None and not tensor.is_meta:
             storage = relocated(tensor.untyped_storage(), "cpu", self._map_location)
             tensor = torch.empty(0, dtype=tensor.dtype, device=storage.device).set_(
                 storage, 0, node.shape, contiguous_stride(node.shape)
@@ -260,7 +269,7 @@ def read_spread(targets: Sequence[SpreadTarget], source: Source, *, check: bool)
     """Fill the targets; returns for each archive (by identity) the records that were read as a whole."""
     by_archive: dict[int, tuple[Archive, list[tuple[torch.Tensor, TensorNode]]]] = {}
     shared: set[int] = set()
-    for _, tensor, node in targets:
+    for tensor, node in _last_on_each_memory(targets):
         is_shared = _ranks_here() >= _SHARED_FROM and _is_wanted_by_others(tensor)
         for region, memory in target_regions(tensor):
             for part in source.find(node, region):
@@ -280,6 +289,20 @@ def read_spread(targets: Sequence[SpreadTarget], source: Source, *, check: bool)
             if byte_range(node) == (0, archive.index.storages[node.storage].nbytes)
         }
     return done
+
+
+def _last_on_each_memory(
+    targets: Sequence[SpreadTarget],
+) -> list[tuple[torch.Tensor, TensorNode | ShardedNode]]:
+    """Of targets that are the very same memory (tied weights) the last one, which wins as with assignments."""
+    last: dict[tuple[Any, ...], tuple[torch.Tensor, TensorNode | ShardedNode]] = {}
+    for number, (_, tensor, node) in enumerate(targets):
+        local = local_tensor(tensor) if is_dtensor(tensor) else tensor
+        is_somewhere = local.numel() and not local.is_meta
+        key = (local.device, local.data_ptr(), local.shape, local.stride()) if is_somewhere else (number,)
+        last.pop(key, None)
+        last[key] = (tensor, node)
+    return list(last.values())
 
 
 def _ranks_here() -> int:

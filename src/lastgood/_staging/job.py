@@ -14,7 +14,7 @@ from lastgood._snapshot import Placement, Snapshot, replica_checks_at
 from lastgood._staging.arena import Arena
 from lastgood._staging.device_copies import DeviceCopies, runtime_of
 from lastgood._staging.plan import NOTHING, Planner, Selection, Taken, arena_size
-from lastgood._staging.replica_checks import ReplicaChecks
+from lastgood._staging.replica_checks import ReplicaChecks, SourceWitnesses
 from lastgood._staging.witnesses import Witnesses
 from lastgood._threads import run_all
 from lastgood.errors import SaveTimeoutError, StagingError
@@ -75,6 +75,7 @@ class StagingJob:
         late = [*self._late_small.numbers, *taken.plan.large]
         self._witnesses = Witnesses(taken, late, full_check=self._options.full_check)
         self._read_addresses = _storage_addresses(taken, late)
+        self._sources = SourceWitnesses(taken.sources)
         self._replicas = ReplicaChecks(taken.replicas) if taken.replicas else None
 
     def _copy_early(self) -> None:
@@ -153,6 +154,7 @@ class StagingJob:
         for number, target in zip(self._late_small.numbers, targets, strict=True):
             self._witnesses.check(number, target)
         self._copy_large(self._taken.plan.large)
+        self._sources.check()
         self._leave_replica_checksums()
 
     def _leave_replica_checksums(self) -> None:
@@ -224,7 +226,7 @@ class StagingJob:
         self._state = None
         # Nor may the tensors live until they are written: they are the user's memory, and whoever lets go of them last
         # must not be a thread that the end of the interpreter finds in the middle of that (torch aborts then).
-        del self._taken, self._witnesses, self._replicas
+        del self._taken, self._witnesses, self._replicas, self._sources
         self._over.set()
         self.snapshot.report_end(error)
 

@@ -21,7 +21,7 @@ from lastgood.format.index import Index, scalar_node
 from lastgood.format.index_head import LARGEST_HEAD, encode_body
 from lastgood.format.pickle_writer import PickleTemplate, encode_template
 from lastgood.format.spec import PAGE, PAGE_ALIGNED_FROM
-from lastgood.sharding.local_shards import replicas_by_name
+from lastgood.sharding.local_shards import replicas_by_name, sources_of
 from lastgood.storage._direct_io import round_up
 
 _CHECKED_AT_ONCE = 20_000
@@ -190,7 +190,8 @@ class Taken(msgspec.Struct):
     ``addresses`` has an entry for each storage; that of a storage on a device is 0, and ``device_parts`` has its
     bytes as a tensor. ``tensors`` are those that stand on each large storage. ``owners`` keep the memory alive.
     ``storages`` are those that are copied late. ``unchecked`` is what remains to be compared with the plan before the
-    snapshot may be published. ``replicas`` are tensors of which only the checksum is wanted, by name.
+    snapshot may be published. ``replicas`` are tensors of which only the checksum is wanted, by name; ``sources``
+    DTensors of which some are parts.
     """
 
     plan: Plan
@@ -201,6 +202,7 @@ class Taken(msgspec.Struct):
     owners: Any
     unchecked: "Sequence[torch.Tensor] | None" = None
     replicas: Sequence[tuple[str, torch.Tensor]] = ()
+    sources: Sequence[tuple[str, torch.Tensor]] = ()
 
 
 class Planner:
@@ -252,7 +254,7 @@ def _taken_from(plan: Plan, captured: CapturedState) -> Taken:
     addresses = [use.storage.data_ptr() + use.start if use.on_cpu and use.nbytes else 0 for use in captured.extents]
     parts = {use.number: use.device_bytes() for use in captured.extents if not use.on_cpu and use.nbytes}
     storages = {use.number: use.storage for use in captured.extents if use.number in large}
-    return Taken(plan, addresses, parts, tensors, storages, captured, replicas=captured.replicas)
+    return Taken(plan, addresses, parts, tensors, storages, captured, None, captured.replicas, captured.sources)
 
 
 class _Matchable:
@@ -330,9 +332,8 @@ class _Matchable:
         self._exchange(leaves.plain)
         # A tensor may let go of its storage while that is read: `x.data = y` does.
         storages = {number: tensors[self._spans[number].tensor].untyped_storage() for number in watched}
-        return Taken(
-            self._plan, addresses, parts, watched, storages, tensors, unchecked, replicas_by_name(leaves.replicas)
-        )
+        replicas, sources = replicas_by_name(leaves.shards), sources_of(leaves.shards)
+        return Taken(self._plan, addresses, parts, watched, storages, tensors, unchecked, replicas, sources)
 
     def _can_be_read(self, tensors: list[torch.Tensor], starts: list[int]) -> bool:
         """Whether there is memory wherever tensors are read that are compared with the plan only later."""

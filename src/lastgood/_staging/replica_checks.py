@@ -15,14 +15,14 @@ _THREADS = 2
 
 
 class ReplicaChecks:
-    """Made in the thread that asks for a snapshot, which takes the checksums of small tensors on the CPU: buffers that
-    a forward pass changes are among them. The others follow in the background."""
+    """Made in the thread that asks for a snapshot, which takes the checksums of small tensors: buffers that a forward
+    pass changes are among them. The others follow in the background."""
 
     def __init__(self, replicas: Sequence[tuple[str, torch.Tensor]]) -> None:
         self._checksums = array.array("I", [0]) * len(replicas)
         self._late: list[tuple[int, str, torch.Tensor, int | None]] = []
         for number, (name, tensor) in enumerate(replicas):
-            if tensor.device.type == "cpu" and tensor.nbytes < PAGE_ALIGNED_FROM:
+            if tensor.nbytes < PAGE_ALIGNED_FROM:
                 self._checksums[number] = checksum(tensor)
             else:
                 self._late.append((number, name, tensor, version_of(tensor)))
@@ -48,10 +48,27 @@ class ReplicaChecks:
         number, name, tensor, version = late
         self._checksums[number] = checksum(tensor)
         if version_of(tensor) != version:
-            raise TornSnapshotError(
-                f"the tensor {name!r} changed after save was called and before it was compared with those of other "
-                "ranks; the snapshot was thrown away, earlier checkpoints are untouched. Optimizers' steps wait by "
-                "themselves; do any other update inside `with checkpointer.hold():`.",
-                tensor=name,
-                phase="stage",
-            )
+            raise _torn(name)
+
+
+class SourceWitnesses:
+    """The versions of DTensors at the moment of the call: autograd counts changes of them, not of their parts."""
+
+    def __init__(self, sources: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self._versions = [(name, tensor, version_of(tensor)) for name, tensor in sources]
+
+    def check(self) -> None:
+        """Raise :class:`~lastgood.errors.TornSnapshotError` for one that has changed since."""
+        for name, tensor, version in self._versions:
+            if version_of(tensor) != version:
+                raise _torn(name)
+
+
+def _torn(name: str) -> TornSnapshotError:
+    return TornSnapshotError(
+        f"the tensor {name!r} changed after save was called and before its snapshot was taken; the snapshot was thrown "
+        "away, earlier checkpoints are untouched. Optimizers' steps wait by themselves; do any other update inside "
+        "`with checkpointer.hold():`, or wait for the stage future first.",
+        tensor=name,
+        phase="stage",
+    )

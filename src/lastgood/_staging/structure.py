@@ -72,7 +72,7 @@ class Leaves:
         self.tensors: list[torch.Tensor] = []
         self.plain: list[Any] = []
         self.fixed: list[Any] = []
-        self.replicas: list[LocalShards] = []
+        self.shards: list[LocalShards] = []
         self.containers: list[int] = []
 
 
@@ -245,6 +245,5 @@ def _match_shards(description: ShardDescription, shards: LocalShards, leaves: Le
     if shards.description is not description and shards.description != description:
         return False
     leaves.tensors += shards.tensors
-    if shards.replica is not None:
-        leaves.replicas.append(shards)
+    leaves.shards.append(shards)
     return True

@@ -197,6 +197,9 @@ Node: TypeAlias = (
 NUMBERED = (TensorNode, DictNode, MapNode, OrderedDictNode, ListNode, SetNode, BytearrayNode)
 
 
+_MOST_PARTS = 512
+"""Of one tensor in one file: replicas' shares and strided shards are a few boxes each."""
+
 _FLAGS = frozenset("".join(letters) for count in range(5) for letters in itertools.combinations("pgcn", count))
 _FLOAT_SIZES: dict[type, int] = {FloatNode: 8, ComplexNode: 16}
 
@@ -328,13 +331,23 @@ def _check_sharded(node: ShardedNode, meshes: list[Mesh]) -> None:
         raise InvalidIndexError(f"a tensor with the flags {node.flags!r}")
     if len(node.offsets) != len(node.items):
         raise InvalidIndexError(f"{len(node.items)} parts of a tensor at {len(node.offsets)} places")
-    everything = whole(node.shape)
+    everything, boxes = whole(node.shape), []
     for offsets, part in zip(node.offsets, node.items, strict=True):
         if not isinstance(part, TensorNode) or part.dtype != node.dtype:
             raise InvalidIndexError(f"a part of a {node.dtype} tensor that is no tensor of this kind")
         box = Box(offsets, part.shape)
         if len(offsets) != len(part.shape) or len(part.shape) != len(node.shape) or box.intersection(everything) != box:
             raise InvalidIndexError(f"a part of shape {part.shape} at {offsets} of a tensor of shape {node.shape}")
+        boxes.append(box)
+    _refuse_overlap(boxes)
+
+
+def _refuse_overlap(boxes: list[Box]) -> None:
+    """Raise :class:`InvalidIndexError` for parts that share elements: together they could pass for all of a tensor."""
+    if len(boxes) > _MOST_PARTS:
+        raise InvalidIndexError(f"a tensor in {len(boxes)} parts")
+    if any(one.intersection(other) is not None for one, other in itertools.combinations(boxes, 2)):
+        raise InvalidIndexError("parts of a tensor that overlap")
 
 
 def layout_of(node: ShardedNode, meshes: list[Mesh], name: str) -> Layout:

@@ -22,6 +22,9 @@ SMALLEST_SHARE = 1024 * 1024
 UNITS_PER_SHARE = 8
 """Shares are made of whole rows of the outermost dimensions; of so many that no share is much larger than another."""
 
+_LARGEST_SPLIT_FACTOR = 64
+"""More than the number of ranks makes no sense; few more do no harm."""
+
 _PIECES_REMEMBERED = 100_000
 """About how many a mesh keeps, as all are small."""
 
@@ -129,6 +132,8 @@ class Layout(msgspec.Struct, frozen=True):
         if len(self.placements) != len(self.mesh.shape):
             raise ValueError(f"{len(self.placements)} placements on a mesh of {len(self.mesh.shape)} dimensions")
         for placement in self.placements:
+            if placement.split_factor > max(_LARGEST_SPLIT_FACTOR, len(self.mesh.ranks)):
+                raise ValueError(f"the placement {placement} on a mesh of {len(self.mesh.ranks)} ranks")
             if placement.dimension is not None and not 0 <= placement.dimension < len(self.shape):
                 raise ValueError(f"the placement {placement} of a tensor of shape {self.shape}")
 
@@ -339,8 +344,11 @@ def has_two_readings(layout: Layout) -> bool:
             for parts, placement in zip(layout.mesh.shape, layout.placements, strict=True)
             if placement.dimension == dimension
         ]
-        is_strided = any(factor > 1 for _, factor in placed[:-2])
-        if is_strided and size % math.prod(parts for parts, _ in placed):
+        comes_last = any(
+            factor > 1 and factor == math.prod(parts for parts, _ in placed[number + 1 :])
+            for number, (_, factor) in enumerate(placed[:-2])
+        )
+        if comes_last and size % math.prod(parts for parts, _ in placed):
             return True
     return False
 

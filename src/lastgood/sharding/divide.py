@@ -36,11 +36,18 @@ class Divider:
     """Divides the states of one training, remembering how the last one was divided. One thread at a time.
 
     ``replicated``: patterns (as of :mod:`fnmatch`) of the key paths of plain tensors that are the same on all ranks.
+    ``commits_together``: whether votes will join the parts; where they do not, nothing is divided.
     """
 
-    def __init__(self, rank_info: RankInfo, replicated: Sequence[str] = ()) -> None:
+    def __init__(self, rank_info: RankInfo, replicated: Sequence[str] = (), *, commits_together: bool = True) -> None:
         if isinstance(replicated, str) or not all(isinstance(pattern, str) for pattern in replicated):
             raise ConfigError(f"replicated is {replicated!r}; give the patterns of key paths as a list of strings")
+        if replicated and rank_info.global_world_size > 1 and not commits_together:
+            raise ConfigError(
+                "replicated needs ranks that commit together by voting, where the parts of all are joined and replicas "
+                "compared: initialise the default process group on all ranks; leave barrier_config and rank_info out"
+            )
+        self._commits_together = commits_together
         self._rank = rank_info.global_rank
         self._world_size = rank_info.global_world_size
         self._replicated = tuple(replicated) if self._world_size > 1 else ()
@@ -57,7 +64,10 @@ class Divider:
             return state
         with torch.no_grad(), paused_garbage_collection():
             try:
+                known = self._known
                 divided = self._divide(state, None)
+                if self._known.keys() != known.keys():
+                    raise _UnknownFormError
             except _UnknownFormError:
                 # Which meshes belong together shows only in all tensors: all have to be described anew.
                 self._known = {}
@@ -92,7 +102,7 @@ class Divider:
         local = _without_view_bits(local_tensor_without_grad(tensor))
         if self._world_size == 1 and tensor.device_mesh.size() == 1:
             return local
-        form = (tensor.device_mesh, tensor.placements, tensor.shape, tensor.dtype, _flags(tensor))
+        form = (tensor.device_mesh, tensor.placements, tensor.shape, local.shape, tensor.dtype, _flags(tensor))
         before = known.get(path)
         if before is not None and before[0] == form:
             description = before[1]
@@ -103,7 +113,7 @@ class Divider:
             require_usual_shards(layout, self._rank, local)
             description = self._describe(layout, tensor)
         self._note(path, form, description)
-        return LocalShards(description, _parts(local, description))
+        return LocalShards(description, _parts(local, description), source=tensor)
 
     def _layout_of(self, tensor: Any, path: str, meshes: Meshes) -> Layout:
         mesh, dimensions = meshes.describe(tensor.device_mesh, self._rank)
@@ -115,6 +125,14 @@ class Divider:
                 f"the tensor at key {path!r} is spread over the ranks {list(mesh.ranks[:16])}, and this is rank "
                 f"{self._rank} of a checkpoint of {self._world_size}; nothing was written. Every rank of a mesh has to "
                 "save its part, and no other: make the checkpointer on all of them.",
+                tensor=path,
+                rank=self._rank,
+            )
+        if not self._commits_together and len(mesh.ranks) > 1:
+            raise UnsupportedStateError(
+                f"the tensor at key {path!r} is spread over ranks, and these ranks do not commit together by voting; "
+                "nothing was written. Initialise the default process group on all ranks, and leave out barrier_config "
+                "and rank_info.",
                 tensor=path,
                 rank=self._rank,
             )
@@ -229,7 +247,9 @@ class _Replacer:
         if number in self._open:
             return value  # a state that holds itself: a copy could not be made of it piece by piece
         self._open.add(number)
-        made = self._made[number] = self._container(value, path)
+        made = self._container(value, path)
+        if kind is not tuple:  # those are described at each place where they stand, under its own name
+            self._made[number] = made
         self._open.discard(number)
         return made
 

@@ -85,6 +85,11 @@ class Meshes:
         return _plain(part, tuple(order)), tuple(order.index(name) for name in names)
 
 
+def own_mesh(mesh: Any) -> Mesh:
+    """A device mesh by itself."""
+    return _plain(mesh.mesh, _names(mesh))
+
+
 def _names(mesh: Any) -> tuple[str, ...]:
     return tuple(mesh.mesh_dim_names or ())
 

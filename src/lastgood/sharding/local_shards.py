@@ -25,19 +25,32 @@ class ShardDescription(msgspec.Struct, frozen=True):
 
 
 class LocalShards:
-    """The parts of one tensor that this rank writes; ``replica`` is all of it where all ranks have to have the same."""
+    """The parts of one tensor that this rank writes; ``replica`` is all of it where all ranks have to have the same.
 
-    __slots__ = ("description", "replica", "tensors")
+    ``source`` is the DTensor that they are parts of: autograd counts changes of that, and not of its parts.
+    """
+
+    __slots__ = ("description", "replica", "source", "tensors")
 
     def __init__(
-        self, description: ShardDescription, tensors: list[torch.Tensor], replica: torch.Tensor | None = None
+        self,
+        description: ShardDescription,
+        tensors: list[torch.Tensor],
+        replica: torch.Tensor | None = None,
+        source: torch.Tensor | None = None,
     ) -> None:
+        self.source = source
         self.description = description
         self.tensors = tensors
         self.replica = replica
 
     def __reduce__(self) -> Any:
         raise TypeError("the shards of a tensor are described, never pickled")
+
+
+def sources_of(shards: Iterable[LocalShards]) -> list[tuple[str, torch.Tensor]]:
+    """The DTensors that these are parts of, with their names."""
+    return [(each.description.name, each.source) for each in shards if each.source is not None]
 
 
 def replicas_by_name(shards: Iterable[LocalShards]) -> list[tuple[str, torch.Tensor]]:

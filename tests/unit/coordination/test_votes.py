@@ -170,8 +170,10 @@ def test_hazard_29_two_processes_of_the_same_rank_do_not_count_as_two(make_ranks
 
 def test_a_manifest_that_cannot_be_published_fails_all_with_the_reason(make_ranks: Any, tmp_path: Path) -> None:
     class Full(LocalStorage):
-        def put_if_absent(self, path: str, data: Any) -> None:
-            raise StorageError("No space left on device", path=path)
+        def begin(self, path: str, size: int) -> Any:
+            if path.endswith("manifest.json"):
+                raise StorageError("No space left on device", path=path)
+            return super().begin(path, size)
 
     ranks = make_ranks(storages={0: Full()})
     errors = ranks.save(tmp_path / "step-1", 1)

@@ -52,7 +52,7 @@ def rank_file(
     with closing(storage.open(path)) as file:
         archive = open_archive(file)
         assert archive is not None
-        return RankFile(ballot_of(archive, voted_save, list(map(checksum, captured.replicas))), archive)
+        return RankFile(ballot_of(archive, voted_save, [checksum(tensor) for _, tensor in captured.replicas]), archive)
 
 
 def files_of(directory: Path, states: Sequence[Any], replicated: Sequence[str] = ()) -> list[RankFile]:
