@@ -29,6 +29,7 @@ def test_only_the_first_of_many_saves_captures_the_state(two: Ranks, tmp_path: P
     ("group", "name", "how"),
     [
         ("spread", "divided", "dtensor"),
+        ("spread", "divided", "counted"),
         ("spread", "divided", "local"),
         ("spread", "everywhere", "numpy"),
         ("model", "same", "local"),

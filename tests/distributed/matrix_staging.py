@@ -101,8 +101,15 @@ def _past_autograd(tensor: torch.Tensor) -> None:
     local(tensor).numpy()[...] = 4
 
 
+def _by_counted_dtensor(tensor: torch.Tensor) -> None:
+    """A change that no sampled byte shows: only the DTensor's version counter does, and not that of its local part."""
+    with torch.no_grad():
+        tensor.mul_(1)
+
+
 CHANGES: dict[str, Callable[[torch.Tensor], None]] = {
     "dtensor": _by_dtensor,
+    "counted": _by_counted_dtensor,
     "local": _by_local_tensor,
     "numpy": _past_autograd,
 }

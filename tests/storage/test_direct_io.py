@@ -198,6 +198,24 @@ def test_what_is_cached_is_read_from_the_cache_and_what_is_not_past_it(tmp_path:
     assert reads == [(False, 0, half), (True, half, half)]
 
 
+def test_what_other_processes_of_this_machine_read_too_is_read_through_the_cache(tmp_path: Path) -> None:
+    """So that the device is asked once for all of them."""
+    if not has_direct_io(str(tmp_path)):
+        pytest.skip(f"the file system of {tmp_path} has no direct I/O")
+    data = random_bytes(1 << 20)
+    (tmp_path / "file").write_bytes(data)
+    for is_shared in (False, True):
+        ops = RecordingFileOps()
+        ops.replace_call("cached_bytes", lambda *call: 0)
+        target = aligned_buffer(len(data))
+        with closing(LocalStorage(ops).open(str(tmp_path / "file"))) as stored:
+            if is_shared:
+                stored.expect_other_readers()
+            stored.read_into(0, target)
+        assert target == data
+        assert {call.arguments[0] in ops.direct for call in ops.of("pread_into")} == {not is_shared}
+
+
 def test_asking_what_is_cached_reads_nothing(tmp_path: Path) -> None:
     size = 2 << 20
     path = tmp_path / "file"
