@@ -20,6 +20,8 @@ def main(root: str, notes: str) -> None:
     rank, life = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"]
     config = CheckpointerConfig()
     config.process_config.subprocess_init_timeout_secs = PATIENCE_SECS  # it imports torch, on a busy machine
+    # Should a rank vanish unheard, the others wait for it, and the next attempt for them, no longer than this.
+    config.writer_config.write_barrier_timeout_secs = int(PATIENCE_SECS)
     config.process_config.nice = 0  # nor does it wait for whatever else the machine does
     with CheckpointManager(root, config=config, preemption_signals=()) as manager:
         state = {"weights": torch.full((ELEMENTS,), float(rank)), "step": 0}

@@ -12,7 +12,8 @@ from lastgood.manager.preemption import PREEMPTION_SIGNALS, PreemptionNotice
 
 
 def say(*words: object) -> None:
-    print(*words, flush=True)
+    # By one system call: a handler may interrupt the main thread in a print, and printing is not reentrant.
+    os.write(1, f"{' '.join(map(str, words))}\n".encode())
 
 
 def former_handler(number: int, frame: FrameType | None) -> None:
