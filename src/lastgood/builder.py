@@ -94,6 +94,9 @@ def make_async_checkpointer(
             "dist_barrier meets the training's process group, which the checkpoint process is no part of; use the "
             "barrier type tcp_store for asynchronous checkpoints"
         )
+    is_standard = checkpoint_writer_init_fn is make_standard_writer
+    if config.replicated and not is_standard:
+        raise ConfigError("replicated is for the standard writer: one of your own gets what it is given, undivided")
     offered: dict[str, Any] = {
         "config": config.writer_config,
         "rank_info": rank_info,
@@ -107,11 +110,10 @@ def make_async_checkpointer(
         coordination = _find_coordination(rank_info)
     if "coordination" in wanted:
         wanted["coordination"] = coordination
-    is_standard = checkpoint_writer_init_fn is make_standard_writer
-    if config.replicated and not is_standard:
-        raise ConfigError("replicated is for the standard writer: one of your own gets what it is given, undivided")
-    divider = Divider(rank_info, config.replicated, commits_together=coordination is not None) if is_standard else None
+    divider = None
     try:
+        if is_standard:
+            divider = Divider(rank_info, config.replicated, commits_together=coordination is not None)
         process = CheckpointProcess(
             rank_info,
             config.process_config,

@@ -5,7 +5,6 @@ import os
 from typing import Any
 
 from lastgood import _events
-from lastgood._contents.manifest_check import is_named_by
 from lastgood._loading.checkpoint import Options, load_checkpoint
 from lastgood._loading.file import load_file
 from lastgood._loading.merge import CheckKeys
@@ -22,7 +21,7 @@ from lastgood.errors import (
     UncommittedCheckpointError,
 )
 from lastgood.format.archive import Archive, open_archive
-from lastgood.format.commit import read_manifest
+from lastgood.format.commit import is_named_by, read_manifest
 from lastgood.format.identity import read_identity
 from lastgood.format.manifest import MANIFEST_VERSION, Manifest, ManifestFile, checkpoint_file, manifest_file
 from lastgood.storage._in_time import StorageInTime

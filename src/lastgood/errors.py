@@ -32,6 +32,7 @@ A save that succeeds may still warn, by :class:`UnsafeValueWarning`.
 """
 
 import pickle
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 
@@ -198,6 +199,15 @@ def require_all(loaded: Loaded, missing_keys: list[str], path: str, *, strict: b
             path=path,
         )
     return loaded
+
+
+_LISTED = 5
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names for an error message, and how many more there are."""
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def corrupt(path: str, what: str, *, tensor: str | None = None) -> CorruptCheckpointError:

@@ -55,16 +55,16 @@ def own_paths(files: Sequence[FileContents], manifest: Manifest) -> set[str]:
 
     Values that only a pickle describes are not looked into: they count as different.
     """
-    suspects = _suspects(manifest)
-    if suspects is not None and not suspects:
+    if not manifest.differing:
         return set()
+    suspects = frozenset(manifest.differing)
     first: dict[str, _Described] = {}
     holders: dict[str, set[int]] = {}
     own: set[str] = set()
     for file in files:
         references = References(file.root)
         for path, node in walk_leaves(file.root):
-            if isinstance(node, ShardedNode) or (suspects is not None and group_of(path) not in suspects):
+            if isinstance(node, ShardedNode) or group_of(path) not in suspects:
                 continue
             described = _described(node, file, references)
             if first.setdefault(path, described) != described:
@@ -94,19 +94,6 @@ def _ranks_together(manifest: Manifest) -> list[set[int]]:
             groups.remove(group)
         groups.append(joined)
     return groups
-
-
-def has_votes(manifest: Manifest) -> bool:
-    """Whether the ranks voted for this checkpoint, so that the manifest says what they do not have alike.
-
-    Ranks that met at a barrier have a save id each, and nobody has compared what they hold.
-    """
-    return all(file.save_id == manifest.save_id for file in manifest.files)
-
-
-def _suspects(manifest: Manifest) -> frozenset[int] | None:
-    """The groups of values that may hold any that differ; ``None`` where the manifest does not say."""
-    return frozenset(manifest.differing) if has_votes(manifest) else None
 
 
 def _described(node: Node, file: FileContents, references: References) -> _Described:

@@ -7,30 +7,15 @@ from collections.abc import Sequence
 import msgspec
 
 from lastgood._contents.checking import Findings
-from lastgood._contents.joint import has_votes, parts_of
+from lastgood._contents.joint import parts_of
 from lastgood._contents.shown import box_text, placement_text
-from lastgood.errors import CorruptCheckpointError, RankMismatchError
+from lastgood.errors import CorruptCheckpointError, RankMismatchError, listed
 from lastgood.format.archive import Archive
+from lastgood.format.commit import is_named_by
 from lastgood.format.index import ShardedNode
 from lastgood.format.manifest import Manifest, ShardedTensor
 from lastgood.format.sharding import Box, Mesh, written_pieces
-from lastgood.format.spec import crc32
 from lastgood.format.vote import Ballot, ballot_of, tally, walk_leaves
-
-_NAMED = 5
-
-
-def is_named_by(manifest: Manifest, archive: Archive) -> bool:
-    """Whether this is the very file that the manifest names for its rank."""
-    index = archive.index
-    if index.rank >= manifest.world_size or index.world_size != manifest.world_size:
-        return False
-    entry = manifest.files[index.rank]
-    return (entry.save_id, entry.size, entry.trailer_crc) == (
-        index.save_id,
-        archive.file.size,
-        crc32(archive.trailer_bytes),
-    )
 
 
 class ManifestCheck:
@@ -43,15 +28,14 @@ class ManifestCheck:
         self._tensors = {tensor.name: tensor for tensor in manifest.tensors}
         self._elements_found: Counter[str] = Counter()
         self._ballots: list[Ballot] = []
-        # Without votes there are no spread tensors, and the save id of rank 0's file is the manifest's.
-        self._voted = bool(manifest.tensors) or has_votes(manifest)
         self._check_save_ids()
 
     def _check_save_ids(self) -> None:
         manifest = self._manifest
         others = [file.name for file in manifest.files if file.save_id != manifest.save_id]
-        if (self._voted and others) or manifest.files[0].save_id != manifest.save_id:
-            names = _listed(others)
+        # Ranks that met at a barrier have a save id each, and no spread tensors; the manifest's is that of rank 0.
+        if (manifest.tensors and others) or manifest.files[0].save_id != manifest.save_id:
+            names = listed(others)
             self._findings.wrong(
                 self._name, f"it is of the save {manifest.save_id}, and names files of others: {names}"
             )
@@ -68,8 +52,8 @@ class ManifestCheck:
             self._findings.wrong(name, "it is not the file that its manifest names: it belongs to another save")
             return
         self._compare_parts(archive)
-        if self._voted and index.save_id == manifest.save_id and not index.independent:
-            self._ballots.append(ballot_of(archive, manifest.save_id))
+        if not index.independent:
+            self._ballots.append(ballot_of(archive, index.save_id))
 
     def finish(self) -> None:
         """Say what is wrong with the manifest, or with all files together."""
@@ -77,15 +61,15 @@ class ManifestCheck:
         torn = [tensor.name for tensor in tensors if self._elements_found[tensor.name] != math.prod(tensor.shape)]
         if torn:
             what = "1 tensor is" if len(torn) == 1 else f"{len(torn):,} tensors are"
-            self._findings.wrong(self._name, f"{what} not there as a whole: {_listed(torn)}", torn[0])
-        if self._voted and not self._findings.problems:
+            self._findings.wrong(self._name, f"{what} not there as a whole: {listed(torn)}", torn[0])
+        if not self._findings.problems:
             self._compare_with_votes()
 
     def _compare_with_votes(self) -> None:
         """Make the manifest again, as the ranks of the save made it."""
         tables = {digest: table for ballot in self._ballots for digest, table in ballot.tables.items()}
         try:
-            made = tally([ballot.vote for ballot in self._ballots], tables.__getitem__, self._manifest.save_id)
+            made = tally([ballot.vote for ballot in self._ballots], tables.__getitem__, None)
         except (RankMismatchError, CorruptCheckpointError) as error:
             self._findings.wrong(self._name, f"its files cannot have been committed together: {error}")
             return
@@ -151,8 +135,3 @@ def _mesh_text(mesh: Mesh) -> str:
     ranks = ", ".join(map(str, mesh.ranks[:8])) + (", ..." if len(mesh.ranks) > 8 else "")
     names = f" ({', '.join(mesh.names)})" if mesh.names else ""
     return f"{list(mesh.shape)}{names} of the ranks {ranks}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

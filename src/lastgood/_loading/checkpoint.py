@@ -224,11 +224,7 @@ def _absent(target: Any, roots: list[Node], other: Node) -> dict[Any, Any]:
     """The keys of ``other`` that are wanted and in none of ``roots``, as a target for just them."""
     if not isinstance(other, _MAPPINGS) or not (target is None or isinstance(target, MutableMapping)):
         return {}
-    known: dict[Any, list[Node]] = {}
-    for root in roots:
-        if isinstance(root, _MAPPINGS):
-            for key, node in keyed_children(root):
-                known.setdefault(key, []).append(node)
+    known = _by_key(roots)
     found: dict[Any, Any] = {}
     for key, node in keyed_children(other):
         if target is not None and key not in target:
@@ -238,6 +234,16 @@ def _absent(target: Any, roots: list[Node], other: Node) -> dict[Any, Any]:
             found[key] = wanted
         elif below := _absent(wanted, known[key], node):
             found[key] = below
+    return found
+
+
+def _by_key(roots: list[Node]) -> dict[Any, list[Node]]:
+    """What stands under each key in those of ``roots`` that are mappings."""
+    found: dict[Any, list[Node]] = {}
+    for root in roots:
+        if isinstance(root, _MAPPINGS):
+            for key, node in keyed_children(root):
+                found.setdefault(key, []).append(node)
     return found
 
 
@@ -268,12 +274,7 @@ def _unwanted(target: Any, roots: list[Node], path: str) -> Iterator[str]:
     """The keys that any of ``roots`` has in mappings of the target's and the target has not."""
     if not isinstance(target, MutableMapping):
         return
-    by_key: dict[Any, list[Node]] = {}
-    for root in roots:
-        if isinstance(root, _MAPPINGS):
-            for key, node in keyed_children(root):
-                by_key.setdefault(key, []).append(node)
-    for key, nodes in by_key.items():
+    for key, nodes in _by_key(roots).items():
         if key in target:
             yield from _unwanted(target[key], nodes, join_path(path, key))
         else:

@@ -11,25 +11,18 @@ from typing import Any, Literal
 import msgspec
 
 from lastgood._loading.targets import TensorsLike
-from lastgood.errors import ConfigError, RankMismatchError
+from lastgood.errors import ConfigError, RankMismatchError, listed
 from lastgood.format.archive import Archive
-from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import (
     DictNode,
-    ListNode,
     MapNode,
     Node,
-    OpaqueNode,
     OrderedDictNode,
-    SetNode,
     ShardedNode,
-    TensorNode,
-    TupleNode,
-    encode_node,
     join_path,
     keyed_children,
 )
-from lastgood.format.vote import group_of, walk_values
+from lastgood.format.vote import content_of, group_of, walk_values
 from lastgood.types import RankInfo
 
 PerRankRule = Literal["first", "modulo", "leave"] | Callable[[list[Any], RankInfo], Any]
@@ -44,7 +37,6 @@ PerRankRules = Mapping[str, PerRankRule]
 """Rules by the patterns (as of :mod:`fnmatch`) of key paths; a pattern covers all that is below what it matches."""
 
 _NAMED_RULES = ("first", "modulo", "leave")
-_SHOWN_KEYS = 5
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -166,7 +158,7 @@ class Chooser:
         if contents is None:
             archive = self._archives(rank)
             contents = self._contents[rank] = {
-                leaf: _content(node, archive)
+                leaf: content_of(node, archive)
                 for leaf, node in walk_values(archive.index.root)
                 if not isinstance(node, ShardedNode) and group_of(leaf) in self._differing
             }
@@ -174,15 +166,12 @@ class Chooser:
 
     def _no_rule(self) -> RankMismatchError:
         names = list(dict.fromkeys(self._unruled))
-        shown = ", ".join(names[:_SHOWN_KEYS]) + (
-            f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
-        )
         top = names[0].partition(".")[0].partition("[")[0]
         return RankMismatchError(
-            f"{self._path} was saved by {self._world_size} ranks, each with values of its own for {shown}; for another "
-            "number of ranks somebody has to say which rank gets which. Nothing has been changed. Name a rule for "
-            f"them: per_rank={{{top!r}: 'first'}} gives all ranks that of rank 0, 'modulo' deals them out in turn, "
-            "'leave' keeps what is there, and a function makes one of all.",
+            f"{self._path} was saved by {self._world_size} ranks, each with values of its own for {listed(names)}; "
+            "for another number of ranks somebody has to say which rank gets which. Nothing has been changed. Name a "
+            f"rule for them: per_rank={{{top!r}: 'first'}} gives all ranks that of rank 0, 'modulo' deals them out in "
+            "turn, 'leave' keeps what is there, and a function makes one of all.",
             path=self._path,
             tensor=names[0],
             phase="read",
@@ -205,18 +194,6 @@ def _outer_paths(path: str) -> Iterator[str]:
     for position in range(len(path) - 1, 0, -1):
         if path[position] in ".[":
             yield path[:position]
-
-
-def _content(node: Node, archive: Archive) -> Any:
-    """Equal for equal values of two files, and for no others."""
-    if isinstance(node, TensorNode):
-        crc = archive.record_crcs[FIRST_STORAGE + node.storage]
-        return node.dtype, node.offset, node.shape, node.stride, node.flags, crc
-    if isinstance(node, OpaqueNode):
-        return archive.index.rank, node.length
-    if isinstance(node, (ListNode, TupleNode, SetNode)):
-        return type(node), len(node.items)
-    return encode_node(node)
 
 
 def without(target: Any, node: Node, choices: Sequence[Choice]) -> Any:

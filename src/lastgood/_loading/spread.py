@@ -29,6 +29,7 @@ from lastgood.format.sharding import Box, Layout, Mesh, Shape, held_pieces, piec
 from lastgood.format.spec import BLOCK_SIZE, DTYPES
 from lastgood.format.vote import walk_leaves
 from lastgood.sharding.dtensors import is_dtensor, local_tensor, own_mesh, placements_of, require_usual_shards
+from lastgood.sharding.local_shards import narrowed
 
 _SHARED_FROM = 4
 """From so many ranks of a machine that read the same on, its page cache is faster (docs/performance.md)."""
@@ -187,7 +188,7 @@ def target_regions(tensor: torch.Tensor, key: str = "") -> Iterator[tuple[Box, t
     rank = torch.distributed.get_rank()
     require_usual_shards(layout, rank, local)
     for piece in held_pieces(layout, rank):
-        yield piece.box, _narrowed(local, piece.local_offsets, piece.box.sizes)
+        yield piece.box, narrowed(local, piece.local_offsets, piece.box.sizes)
 
 
 @functools.lru_cache(maxsize=16)
@@ -221,14 +222,7 @@ def check_targets(targets: Sequence[SpreadTarget], path: str) -> None:
 def copy_spread(target: torch.Tensor, value: torch.Tensor) -> None:
     """Fill a target that is spread over ranks from the whole tensor."""
     for region, memory in target_regions(target):
-        copy_into(memory, _narrowed(value, region.offsets, region.sizes))
-
-
-def _narrowed(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-    for dimension, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
-        if size != tensor.shape[dimension]:
-            tensor = tensor.narrow(dimension, start, size)
-    return tensor
+        copy_into(memory, narrowed(value, region.offsets, region.sizes))
 
 
 class WholeTensors:
@@ -273,7 +267,7 @@ def read_spread(targets: Sequence[SpreadTarget], source: Source, *, check: bool)
         is_shared = _ranks_here() >= _SHARED_FROM and _is_wanted_by_others(tensor)
         for region, memory in target_regions(tensor):
             for part in source.find(node, region):
-                inner = _narrowed(memory, _minus(part.box.offsets, region.offsets), part.box.sizes)
+                inner = narrowed(memory, _minus(part.box.offsets, region.offsets), part.box.sizes)
                 _, pairs = by_archive.setdefault(id(part.archive), (part.archive, []))
                 pairs += _without_gaps(inner, part.node)
                 if is_shared and isinstance(node, ShardedNode):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lastgood._loading.values import byte_range, torch_dtype
-from lastgood.errors import CorruptCheckpointError, corrupt
+from lastgood.errors import CorruptCheckpointError, corrupt, listed
 from lastgood.format.index import (
     DictNode,
     InvalidIndexError,
@@ -21,8 +21,6 @@ from lastgood.format.index import (
     keyed_children,
 )
 from lastgood.sharding.dtensors import is_dtensor
-
-_SHOWN_TARGETS = 5
 
 
 class TensorsLike:
@@ -159,10 +157,7 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
 @contextmanager
 def naming_undefined_targets(path: str, targets: list[str]) -> Iterator[None]:
     """Around the part of a load that changes targets: whatever goes wrong in it says which may be half changed."""
-    shown = ", ".join(targets[:_SHOWN_TARGETS])
-    if len(targets) > _SHOWN_TARGETS:
-        shown += f" and {len(targets) - _SHOWN_TARGETS} more"
-    note = f"These targets may hold partly read data and must be loaded again before use: {shown}."
+    note = f"These targets may hold partly read data and must be loaded again before use: {listed(targets)}."
     try:
         yield
     except (CorruptCheckpointError, InvalidIndexError) as error:

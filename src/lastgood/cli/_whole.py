@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from lastgood import _events
-from lastgood._contents.joint import has_votes, join, own_paths
-from lastgood._contents.manifest_check import is_named_by
+from lastgood._contents.joint import join, own_paths
 from lastgood._contents.reading import local_storage
 from lastgood._memory import bytes_at, paused_garbage_collection
 from lastgood.cli._tensors import SavedTensor, TensorSource
 from lastgood.errors import CorruptCheckpointError, UncommittedCheckpointError
 from lastgood.format.archive import Archive
-from lastgood.format.commit import read_manifest
+from lastgood.format.commit import is_named_by, read_manifest
 from lastgood.format.index import Node, OpaqueNode, ShardedNode, TensorNode, walk_paths
 from lastgood.format.manifest import checkpoint_file
 from lastgood.format.sharding import Box, Shape
-from lastgood.format.vote import GROUPS
 from lastgood.types import RankInfo
 
 if TYPE_CHECKING:
@@ -102,12 +100,9 @@ class WholeSource:
         """
         from lastgood._loading.checkpoint import Options, load_checkpoint
 
-        manifest = self._manifest
-        if not has_votes(manifest):
-            manifest = msgspec.structs.replace(manifest, differing=list(range(GROUPS)))
         options = Options("cpu", False, True, False, False, None, per_rank or {})
         with paused_garbage_collection(), _events.phase("read", self.path):
-            return load_checkpoint(self.path, manifest, self._archive, RankInfo(0, 1), target, options)[0]
+            return load_checkpoint(self.path, self._manifest, self._archive, RankInfo(0, 1), target, options)[0]
 
     def first_of_own(self) -> dict[str, Literal["first"]]:
         """Rules that take, of all values that ranks have of their own, that of rank 0."""

@@ -13,14 +13,12 @@ from lastgood._contents.joint import has_parts
 from lastgood.cli._keys import Way, ways
 from lastgood.cli._output import AsJson, Output, human_bytes
 from lastgood.cli._target import CheckpointPath, Step, find_checkpoint
-from lastgood.errors import CheckpointExistsError, ConfigError, RankMismatchError, UncommittedCheckpointError
+from lastgood.errors import CheckpointExistsError, ConfigError, RankMismatchError, UncommittedCheckpointError, listed
 from lastgood.format.index import CONTAINERS, Node, ShardedNode, walk_paths
 from lastgood.manager.progress import shown_progress
 
 if TYPE_CHECKING:
     from lastgood._loading.per_rank import PerRankRule
-
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def export(
         output.print(f"note: {note}", style="yellow")
     result = Exported(found, out, os.path.getsize(out), contents.files[0].world_size, left_out)
     if left_out:
-        output.print(f"left out: {_listed(left_out)}", style="yellow")
+        output.print(f"left out: {listed(left_out)}", style="yellow")
     output.print(f"{out}: {human_bytes(result.nbytes)}, all that {found} holds" + (", but that" if left_out else ""))
     output.json(result)
 
@@ -185,17 +183,12 @@ def _is_in(state: Any, way: Way) -> bool:
 def _no_rule(path: str, keys: list[str], world_size: int) -> RankMismatchError:
     top = keys[0].partition(".")[0].partition("[")[0]
     return RankMismatchError(
-        f"{path} was saved by {world_size} ranks, which do not all have the same under {_listed(keys)}: say which to "
+        f"{path} was saved by {world_size} ranks, which do not all have the same under {listed(keys)}: say which to "
         f"take. --per-rank {top}=first takes that of rank 0, {top}=leave none; 'lastgood export --help' has more. "
         "Nothing was written.",
         path=path,
         tensor=keys[0],
     )
-
-
-def _listed(keys: list[str]) -> str:
-    more = f" and {len(keys) - _NAMED:,} more" if len(keys) > _NAMED else ""
-    return ", ".join(keys[:_NAMED]) + more
 
 
 def _write(state: Any, out: str, about: FileContents, *, overwrite: bool) -> None:

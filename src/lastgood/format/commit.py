@@ -15,7 +15,7 @@ from lastgood.errors import (
     StorageError,
     UncommittedCheckpointError,
 )
-from lastgood.format.archive import open_archive
+from lastgood.format.archive import Archive, open_archive
 from lastgood.format.epoch import wait_for_lock
 from lastgood.format.identity import read_identity
 from lastgood.format.manifest import (
@@ -27,6 +27,7 @@ from lastgood.format.manifest import (
     encode_manifest,
     manifest_file,
 )
+from lastgood.format.spec import crc32
 from lastgood.format.vote import Ballot, ballot_of, not_of_this_save, tally
 from lastgood.storage.base import StorageBackend, StorageLock
 
@@ -172,3 +173,16 @@ def read_manifest(storage: StorageBackend, path: str) -> Manifest | None:
         return None
     except InvalidManifestError as error:
         raise CorruptCheckpointError(f"{name} is damaged: {error}. Load an earlier checkpoint.", path=name) from error
+
+
+def is_named_by(manifest: Manifest, archive: Archive) -> bool:
+    """Whether this is the very file that the manifest names for its rank."""
+    index = archive.index
+    if index.rank >= manifest.world_size or index.world_size != manifest.world_size:
+        return False
+    entry = manifest.files[index.rank]
+    return (entry.save_id, entry.size, entry.trailer_crc) == (
+        index.save_id,
+        archive.file.size,
+        crc32(archive.trailer_bytes),
+    )

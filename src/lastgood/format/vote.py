@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from lastgood.errors import CorruptCheckpointError, RankMismatchError
+from lastgood.errors import CorruptCheckpointError, RankMismatchError, listed
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import (
@@ -159,22 +159,22 @@ def _group_checksums(archive: Archive) -> bytes:
     Equal values may have unequal checksums (what only a pickle describes has); unequal values hardly ever equal ones.
     """
     sums = [0] * GROUPS
-    crcs = archive.record_crcs
     for path, node in walk_values(archive.index.root):
         if not isinstance(node, ShardedNode):
             key = path.encode("utf-8", "surrogatepass")
-            sums[crc32(key) % GROUPS] += crc32(_content(node, crcs, archive.index.rank), crc32(key))
+            sums[crc32(key) % GROUPS] += crc32(content_of(node, archive), crc32(key))
     packed = array("I", [total & 0xFFFFFFFF for total in sums])
     assert packed.itemsize == 4
     return packed.tobytes()
 
 
-def _content(node: Node, crcs: Sequence[int], rank: int) -> bytes:
+def content_of(node: Node, archive: Archive) -> bytes:
+    """Equal for equal values of two files, and for no others; what only a pickle describes equals no other rank's."""
     if isinstance(node, TensorNode):
-        described = (node.dtype, node.offset, node.shape, node.stride, node.flags, crcs[FIRST_STORAGE + node.storage])
-        return _encoder.encode(described)
+        crc = archive.record_crcs[FIRST_STORAGE + node.storage]
+        return _encoder.encode((node.dtype, node.offset, node.shape, node.stride, node.flags, crc))
     if isinstance(node, OpaqueNode):
-        return b"%d" % rank  # its bytes are not at hand
+        return b"%d" % archive.index.rank
     if isinstance(node, CONTAINERS):
         return b"%s of %d" % (type(node).__name__.encode(), len(node.items))
     return encode_node(node)
@@ -234,9 +234,8 @@ def _compare_replicas(votes: Sequence[Vote], fetch: Callable[[str], bytes]) -> N
         found = tables[digest]
         differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         if differing:
-            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise RankMismatchError(
-                f"the tensors {', '.join(differing[:5])}{more} were declared to be the same on all ranks, and rank "
+                f"the tensors {listed(differing)} were declared to be the same on all ranks, and rank "
                 f"{rank} holds others than rank 0; the checkpoint is not committed, earlier ones are untouched. "
                 "Have the ranks drifted apart (a buffer that is not synchronised, a seed, an optimizer)? What differs "
                 "by design must not be declared replicated.",

@@ -6,11 +6,9 @@ from typing import Any
 import torch
 
 from lastgood._loading.targets import TensorsLike
-from lastgood.errors import ConfigError, MissingKeysError, TargetMismatchError
+from lastgood.errors import ConfigError, MissingKeysError, TargetMismatchError, listed
 from lastgood.format.index import join_path, list_position
 from lastgood.sharding.dtensors import dtensor_class, is_dtensor
-
-_SHOWN_KEYS = 5
 
 
 def state_dict_of(state: dict[str, Any]) -> dict[str, Any]:
@@ -97,14 +95,14 @@ class StateTarget:
         """
         if missing:
             raise MissingKeysError(
-                f"the checkpoint does not hold what the state asks for: {_shown(missing)}. {self._so_far} "
+                f"the checkpoint does not hold what the state asks for: {listed(missing)}. {self._so_far} "
                 "Take these out of the state, or pass strict=False to leave them as they are.",
                 missing_keys=tuple(missing),
             )
         unexpected = [key for key in unread if any(key.startswith(f"{module}.") for module in self._modules)]
         if unexpected:
             raise TargetMismatchError(
-                f"the checkpoint holds tensors that the module does not have: {_shown(unexpected)}. "
+                f"the checkpoint holds tensors that the module does not have: {listed(unexpected)}. "
                 f"{self._so_far} Is it another model? strict=False leaves them out.",
                 tensor=unexpected[0],
             )
@@ -197,8 +195,3 @@ def _load_into(value: Any, loaded: Any, path: str, *, strict: bool) -> None:
             "have been restored, those after it have not."
         )
         raise
-
-
-def _shown(keys: list[str]) -> str:
-    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return ", ".join(keys[:_SHOWN_KEYS]) + more

@@ -24,7 +24,7 @@ from lastgood.sharding.dtensors import (
     placements_of,
     require_usual_shards,
 )
-from lastgood.sharding.local_shards import LocalShards, ShardDescription
+from lastgood.sharding.local_shards import LocalShards, ShardDescription, narrowed
 from lastgood.types import RankInfo
 
 
@@ -192,11 +192,7 @@ def _parts(local: torch.Tensor, description: ShardDescription) -> list[torch.Ten
 def _part(local: torch.Tensor, piece: Piece) -> torch.Tensor:
     if piece.box.sizes == local.shape:
         return local.detach()  # an object of its own: what stands under two keys is described under both
-    part = local
-    for dimension, (start, size) in enumerate(zip(piece.local_offsets, piece.box.sizes, strict=True)):
-        if size != local.shape[dimension]:
-            part = part.narrow(dimension, start, size)
-    return part
+    return narrowed(local, piece.local_offsets, piece.box.sizes)
 
 
 def _require_plain_key(key: Any, path: str) -> None:

@@ -1,6 +1,6 @@
 """What takes the place of a tensor that is spread over ranks when this rank's part of a state is described."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -46,6 +46,14 @@ class LocalShards:
 
     def __reduce__(self) -> Any:
         raise TypeError("the shards of a tensor are described, never pickled")
+
+
+def narrowed(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    """The part of a tensor that begins at ``offsets``, on the same memory; the tensor itself if that is all of it."""
+    for dimension, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
+        if size != tensor.shape[dimension]:
+            tensor = tensor.narrow(dimension, start, size)
+    return tensor
 
 
 def sources_of(shards: Iterable[LocalShards]) -> list[tuple[str, torch.Tensor]]:
