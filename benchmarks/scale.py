@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import scale_states as states
-from scale_store import VOTES_AT_ONCE, Round, measure_commit, table_bytes_a_second
+from scale_store import VOTES_AT_ONCE, Round, measure_commit
 
 from lastgood.format import sharding
 from lastgood.format.manifest import decode_manifest, encode_manifest
@@ -85,7 +85,7 @@ def main() -> None:
     rounds, aims = [], []
     if "store" in wanted:
         rounds = [_commit_round(number) for number in clients]
-        print(_text_of_store(rounds, table_bytes_a_second(), ranks[-1]), flush=True)
+        print(_text_of_store(rounds, ranks[-1]), flush=True)
     if wanted == PARTS:
         aims = _aims(tables, ranks, quick=options.quick)
         print(_text_of_aims(aims), flush=True)
@@ -352,7 +352,7 @@ def _number(figure: float) -> str:
     return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
 
 
-def _text_of_store(rounds: Sequence[Round], table_rate: float, most_ranks: int) -> str:
+def _text_of_store(rounds: Sequence[Round], most_ranks: int) -> str:
     rows = ["\nA store on loopback, for real: one connection a rank, each a thread of one process"]
     rate = 1.0
     for each in rounds:
@@ -365,11 +365,8 @@ def _text_of_store(rounds: Sequence[Round], table_rate: float, most_ranks: int) 
             f"the table of {each.table_bytes / 1e3:.0f} kB came {each.table_bytes_sent / each.table_bytes:.0f} times",
         )
     messages = MESSAGES_OF_RANK * (most_ranks - 1) + _messages_of_rank_0(most_ranks)
-    table_secs = most_ranks * rounds[-1].table_bytes / table_rate
-    rows += (
-        f"  Calculated from the last line: {messages:,} messages of {most_ranks:,} ranks take {messages / rate:.1f} s",
-        f"  Values of 1 MB come in at {table_rate / 1e6:,.0f} MB/s. From that: if all {most_ranks:,} ranks find",
-        f"  that table missing at once, and send it (in the first save of a layout): {table_secs:.1f} s more",
+    rows.append(
+        f"  Calculated from the last line: {messages:,} messages of {most_ranks:,} ranks take {messages / rate:.1f} s"
     )
     return "\n".join(rows)
 

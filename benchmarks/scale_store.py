@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lastgood._coordination.meeting import ALL_CAME, Meeting
+from lastgood._coordination.tables import send_tables, table_key
 
 HOST = "127.0.0.1"
 VOTES_AT_ONCE = 512
@@ -85,23 +86,6 @@ def measure_commit(ranks: int, votes: list[bytes], table: bytes) -> Round:
     return found
 
 
-def table_bytes_a_second(clients: int = 8, times: int = 16, nbytes: int = 10**6) -> float:
-    """How fast values of this size come in at the store, where several clients send them at once."""
-
-    def send(store: Any) -> None:
-        for _ in range(times):
-            store.set("tables/1", bytes(nbytes))
-
-    with _served_store() as port:
-        threads = [threading.Thread(target=send, args=(_connect(port),), daemon=True) for _ in range(clients)]
-        start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return clients * times * nbytes / (time.perf_counter() - start)
-
-
 @contextmanager
 def _served_store() -> Iterator[int]:
     """The port of a store in a process of its own."""
@@ -158,8 +142,7 @@ def vote(store: Any, rank: int, world_size: int, ballot: bytes, table: bytes) ->
         store.get(meeting.key("opened"))
     else:
         store.set(meeting.key("opened"), "{}")
-    if not store.check(["tables/1"]):
-        store.set("tables/1", table)
+    send_tables(store, rank, {"1": table})
     store.set(meeting.key("vote", rank), ballot)
     if meeting.arrive() == world_size:
         meeting.decide(ALL_CAME)
@@ -178,5 +161,5 @@ def finish(store: Any, rank: int, world_size: int) -> None:
     for first in range(0, world_size, VOTES_AT_ONCE):
         last = min(first + VOTES_AT_ONCE, world_size)
         store.multi_get([meeting.key("vote", other) for other in range(first, last)])
-    store.get("tables/1")
+    store.get(table_key("1"))
     store.set(meeting.key("result"), ALL_CAME.encode())

@@ -20,6 +20,7 @@ from lastgood._coordination.connection import (
     serve,
 )
 from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, rank_list
+from lastgood._coordination.tables import forget_tables, send_tables, table_key
 from lastgood.errors import BarrierTimeoutError, ConfigError, CorruptCheckpointError, LastgoodError, StorageError
 from lastgood.format.archive import open_archive
 from lastgood.format.commit import read_manifest
@@ -187,11 +188,7 @@ class SaveTogether:
 
     def _cast(self, ballot: Ballot) -> None:
         def put(store: Any) -> int:
-            for digest, table in ballot.tables.items():
-                # Of all who have the same table one sends it: whoever asks first, in this save and later ones.
-                sender = store.compare_set(_table(digest, "sender"), "", str(self._rank))
-                if sender == str(self._rank).encode() and not store.check([_table(digest)]):
-                    store.set(_table(digest), table)
+            send_tables(store, self._rank, ballot.tables)
             store.set(self._key("vote", self._rank), ballot.vote)
             return self._meeting(store).arrive()
 
@@ -275,13 +272,8 @@ class SaveTogether:
         """
         outdated, self._checksum_tables[:] = set(self._checksum_tables) - current, current
 
-        def forget(store: Any) -> None:
-            for digest in outdated:
-                store.delete_key(_table(digest))
-                store.delete_key(_table(digest, "sender"))
-
         with contextlib.suppress(BarrierTimeoutError):
-            self._ask(forget, self._timeout_secs)
+            self._ask(lambda store: forget_tables(store, outdated), self._timeout_secs)
 
     def _collect_votes(self) -> list[bytes]:
         keys = [self._key("vote", rank) for rank in range(self._world_size)]
@@ -295,7 +287,7 @@ class SaveTogether:
         return values
 
     def _fetch_table(self, digest: str) -> bytes:
-        table: bytes = self._ask(lambda store: store.get(_table(digest)), self._timeout_secs)
+        table: bytes = self._ask(lambda store: store.get(table_key(digest)), self._timeout_secs)
         return table
 
     def _wait_for_manifest(self) -> None:
@@ -444,7 +436,3 @@ def is_decided_in(store: Any, save_id: str) -> bool:
 
 def _save(save_id: str) -> str:
     return f"save/{save_id}"
-
-
-def _table(digest: str, *what: str) -> str:
-    return "/".join(("tables", digest, *what))

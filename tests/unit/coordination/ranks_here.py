@@ -2,7 +2,7 @@
 
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Ranks:
         job: str | None = None,
         storages: dict[int, StorageBackend] | None = None,
         hooks: dict[int, Callable[[str], None]] | None = None,
+        replicated: Sequence[str] = (),
     ) -> None:
         self.coordinations = coordinations(world_size, job)
         config = CheckpointWriterConfig(write_barrier_timeout_secs=timeout_secs)  # type: ignore[arg-type]
@@ -61,6 +62,7 @@ class Ranks:
                 Hook(hooks[rank]) if hooks and rank in hooks else None,
                 storage=(storages or {}).get(rank),
                 coordination=each,
+                replicated=replicated,
             )
             for rank, each in enumerate(self.coordinations)
         ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from tests.distributed.barrier_ranks import finished, start
 from tests.helpers.saves import assert_state, contents, read, state_of, temporaries
@@ -98,6 +99,36 @@ def test_what_saves_leave_in_the_store_does_not_grow(make_ranks: Any, tmp_path: 
     assert sizes[1:] == [sizes[1]] * 5
 
 
+def test_tables_are_sent_by_one_rank_and_those_of_checksums_go_with_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, int]] = []
+    set_value = dist.TCPStore.set
+
+    def note_tables(store: Any, key: str, value: Any) -> None:
+        if key.startswith("tables/"):
+            sent.append((key, len(value)))
+        set_value(store, key, value)
+
+    monkeypatch.setattr(dist.TCPStore, "set", note_tables)
+    ranks = Ranks(3, replicated=["model.*"])
+    try:
+        store, sizes = watcher(ranks), []
+        for step in range(4):
+            sent.clear()
+            saves = [
+                start(writer.write, str(tmp_path / f"step-{step}"), {"model": {"weights": torch.full((9,), step)}})
+                for writer in ranks.writers
+            ]
+            assert finished(saves) == [None] * 3
+            # Of layouts, which stay as they are, and of checksums, which do not: each once for all ranks.
+            assert len(sent) == len({key for key, _ in sent}) == (2 if step == 0 else 1)
+            sizes.append(store.num_keys())
+        assert sizes[1:] == [sizes[1]] * 3
+    finally:
+        ranks.close()
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_hazard_26_a_rank_that_fails_ends_the_save_of_all_with_its_reason(
     make_ranks: Any, tmp_path: Path, failing: int
@@ -183,6 +214,30 @@ def test_a_manifest_that_cannot_be_published_fails_all_with_the_reason(make_rank
         assert error.missing_ranks == (0,)
         assert "rank 0 gave up: StorageError: No space left on device" in str(error)
     assert_not_committed(tmp_path / "step-1")
+
+
+def test_what_rank_0_says_counts_although_the_manifest_is_there(make_ranks: Any, tmp_path: Path) -> None:
+    """It may not survive a power cut: then no rank says that the checkpoint is durable."""
+
+    class Forgetful(LocalStorage):
+        def begin(self, path: str, size: int) -> Any:
+            upload = super().begin(path, size)
+            if path.endswith("manifest.json"):
+                publish = upload.commit
+
+                def publish_and_fail(*, replace: bool = True) -> None:
+                    publish(replace=replace)
+                    raise StorageError("Input/output error", path=path)
+
+                upload.commit = publish_and_fail  # type: ignore[method-assign]
+            return upload
+
+    errors = make_ranks(storages={0: Forgetful()}).save(tmp_path / "step-1", 1)
+    assert (tmp_path / "step-1" / "manifest.json").exists()
+    assert isinstance(errors[0], StorageError)
+    for error in errors[1:]:
+        assert isinstance(error, BarrierTimeoutError)
+        assert "rank 0 gave up: StorageError: Input/output error" in str(error)
 
 
 def test_a_file_that_is_not_the_one_just_written_is_not_voted_for(make_ranks: Any, tmp_path: Path) -> None:
@@ -325,6 +380,31 @@ def test_hazard_29_a_job_that_was_replaced_after_its_last_vote_does_not_commit(
     assert isinstance(errors[0], SupersededError)
     assert all("another job has taken over" in str(error) for error in errors)
     assert_not_committed(tmp_path / "step-1")
+
+
+def test_hazard_29_a_manifest_whose_bytes_are_slow_to_be_durable_does_not_appear_after_a_takeover(
+    make_ranks: Any, tmp_path: Path
+) -> None:
+    """What may be given up while it goes on holds no lock, and gives the manifest no name."""
+
+    class Slow(LocalStorage):
+        def begin(self, path: str, size: int) -> Any:
+            upload = super().begin(path, size)
+            if path.endswith("manifest.json"):
+                make_durable = upload.make_durable
+
+                def let_another_take_over() -> None:
+                    make_durable()
+                    take_epoch(LocalStorage(), str(tmp_path), "the job that came after", 60)
+
+                upload.make_durable = let_another_take_over  # type: ignore[method-assign]
+            return upload
+
+    errors = make_ranks(storages={0: Slow()}).save(tmp_path / "step-1", 1)
+    assert isinstance(errors[0], SupersededError)
+    assert all("another job has taken over" in str(error) for error in errors)
+    assert_not_committed(tmp_path / "step-1")
+    assert temporaries(tmp_path / "step-1") == []
 
 
 def test_all_checkpointers_of_one_job_save_side_by_side(make_ranks: Any, tmp_path: Path) -> None:

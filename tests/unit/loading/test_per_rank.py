@@ -235,3 +235,33 @@ def test_verify_first_checks_the_files_of_chosen_values_before_anything_is_chang
     with pytest.raises(CorruptCheckpointError, match=r"checkpoint_0\.pt"):
         read(tmp_path, 1, 2, wanted, per_rank={"own": "first"}, verify_first=True)
     assert not wanted["same"].any()
+
+
+# Spread tensors in one process
+
+
+@pytest.mark.parametrize("names", [("first", "second"), ("second", "first")])
+def test_of_tied_targets_the_last_one_wins_although_their_values_lie_in_several_files(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    values = {"first": torch.full((9, 4), 1.0), "second": torch.full((9, 4), 2.0)}
+    placements = {"first": ("S(0)",), "second": ("S(1)",)}
+    commit(
+        tmp_path,
+        [{name: sharded(name, values[name], ALL, placements[name], rank) for name in values} for rank in range(3)],
+    )
+    tied = torch.zeros(9, 4)
+    read(tmp_path, 0, 1, dict.fromkeys(names, tied))
+    assert torch.equal(tied, values[names[1]])
+
+
+def test_the_manifest_is_believed_also_where_none_was_asked_for(three: Path) -> None:
+    wanted = {"model": {"weight": torch.zeros(7, 5)}}
+    read(three, 1, 3, wanted, allow_uncommitted=True)
+    assert torch.equal(wanted["model"]["weight"], WEIGHT)
+
+
+def test_meta_tensors_take_no_memory(three: Path) -> None:
+    found, _ = read(three, 0, 1, {"model": None}, map_location="meta")
+    assert found["model"]["weight"].is_meta
+    assert found["model"]["weight"].shape == (7, 5)
