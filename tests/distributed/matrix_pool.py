@@ -1,42 +1,19 @@
 """Processes that become the ranks of one process group after another."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tests.distributed import matrix_ranks
-from tests.helpers.workers import Worker
+from tests.helpers.workers import Together, Worker
 
 
-class Ranks:
-    """Processes that do the same things at the same time."""
-
-    def __init__(self, workers: list[Worker]) -> None:
-        self.workers = workers
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What it returns on each rank; raises the first error once all have ended."""
-        for worker in self.workers:
-            worker.start(function, *arguments)
-        return self._results()
+class Ranks(Together):
+    """Processes that become one process group."""
 
     def join(self, rendezvous: str) -> None:
         """Become one process group."""
         for rank, worker in enumerate(self.workers):
             worker.start(matrix_ranks.join, rank, len(self.workers), rendezvous)
-        self._results()
-
-    def _results(self) -> list[Any]:
-        results, errors = [], []
-        for rank, worker in enumerate(self.workers):
-            try:
-                results.append(worker.result())
-            except Exception as error:
-                error.add_note(f"on rank {rank} of {len(self.workers)}")
-                errors.append(error)
-        if errors:
-            raise errors[0]
-        return results
+        self.results()
 
 
 class Pool:

@@ -1,6 +1,6 @@
 """What one layout saves, every other one loads: to the bit, in place, the optimizer's state included."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -40,13 +40,6 @@ class Checkpoints:
         if path in self._failures:
             raise self._failures[path]
         return path
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = Pool(tmp_path_factory.mktemp("rendezvous"))
-    yield pool
-    pool.kill()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from lastgood.types import RankInfo
 MIB = 1024 * 1024
 MESH = Mesh((3,), None, (0, 1, 2))
 FIRST, SECOND = torch.arange(90.0).view(9, 10), torch.arange(700.0)
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = Pool(tmp_path_factory.mktemp("rendezvous"))
-    yield pool
-    pool.kill()
 
 
 @pytest.fixture(scope="module")

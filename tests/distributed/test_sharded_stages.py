@@ -1,6 +1,5 @@
 """A pipeline: ranks of different stages hold different keys, and whoever loads may want those of any."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +182,6 @@ def test_what_is_left_of_a_stage_is_missing(with_loaders: Path) -> None:
 
 
 # Real ranks
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = Pool(tmp_path_factory.mktemp("rendezvous"))
-    yield pool
-    pool.kill()
 
 
 def test_stages_that_are_swapped_load_each_others_state(pool: Pool, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Sharded tensors without a model: any mesh, any placement, any dtype; what stands in which file; what is refused."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,6 @@ from tests.helpers.saves import contents
 from lastgood.errors import LastgoodError, RankMismatchError, TargetMismatchError, UnsupportedStateError
 from lastgood.format.sharding import UNITS_PER_SHARE
 from lastgood.types import RankInfo
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = Pool(tmp_path_factory.mktemp("rendezvous"))
-    yield pool
-    pool.kill()
-
 
 # Meshes of up to three dimensions
 

@@ -78,6 +78,37 @@ class Worker:
         return self._process.exitcode
 
 
+class Together:
+    """Processes that do the same things at the same time."""
+
+    def __init__(self, workers: list[Worker]) -> None:
+        self.workers = workers
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What it returns on each of them; raises the first error once all have ended."""
+        for worker in self.workers:
+            worker.start(function, *arguments)
+        return self.results()
+
+    def results(self) -> list[Any]:
+        """Those of what all were told to do, once all have ended, so that nobody's is left for later."""
+        results, errors = [], []
+        for rank, worker in enumerate(self.workers):
+            try:
+                results.append(worker.result())
+            except Exception as error:
+                error.add_note(f"on rank {rank} of {len(self.workers)}")
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return results
+
+    def kill(self) -> None:
+        """End them."""
+        for worker in self.workers:
+            worker.kill()
+
+
 def _serve(pipe: Connection) -> None:
     while (job := pipe.recv()) is not None:
         function, arguments, with_pipe = job

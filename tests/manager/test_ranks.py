@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.helpers.saves import contents
-from tests.helpers.workers import Worker
+from tests.helpers.workers import Together, Worker
 from tests.manager import ranks
 from tests.manager.runs import damage, directories, file_of, logged, make_run
 
@@ -19,32 +19,14 @@ from lastgood.manager.catalog import RUN_LOG_NAME
 from lastgood.manager.run_log import RemoveRecord, RestoreRecord, RunRecord, SaveRecord, SetAsideRecord
 
 
-class Job:
-    """Ranks that do the same things at the same time."""
+class Job(Together):
+    """The ranks of one process group, each with a manager when it is to have one."""
 
     def __init__(self, world_size: int, rendezvous: Path) -> None:
-        self.ranks = [Worker() for _ in range(world_size)]
-        for rank, worker in enumerate(self.ranks):
+        super().__init__([Worker() for _ in range(world_size)])
+        for rank, worker in enumerate(self.workers):
             worker.start(ranks.join, rank, world_size, str(rendezvous))
         self.results()
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What it returns on each rank."""
-        for worker in self.ranks:
-            worker.start(function, *arguments)
-        return self.results()
-
-    def results(self) -> list[Any]:
-        """Those of what every rank was told to do, once all have ended, so that no rank's is left for later."""
-        results, errors = [], []
-        for worker in self.ranks:
-            try:
-                results.append(worker.result())
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
-        return results
 
     @contextmanager
     def managing(self, root: Path, *arguments: Any) -> Iterator[None]:
@@ -53,10 +35,6 @@ class Job:
             yield
         finally:
             self.call(ranks.close_manager)
-
-    def kill(self) -> None:
-        for worker in self.ranks:
-            worker.kill()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -84,7 +62,7 @@ def saved(two: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_hazard_22_damage_of_any_ranks_file_lets_all_ranks_fall_back_to_the_same_step(job: Job, tmp_path: Path) -> None:
-    world_size = len(job.ranks)
+    world_size = len(job.workers)
     with job.managing(tmp_path):
         assert job.call(ranks.resume) == [(None, 987_654, [])] * world_size
         assert job.call(ranks.save, [10, 20, 30]) == [[10, 20, 30]] * world_size
@@ -247,21 +225,21 @@ def test_hazard_26_a_load_that_fails_on_one_rank_fails_on_all(two: Job, tmp_path
 def test_a_signal_to_one_rank_preempts_all_at_the_same_step_whose_save_is_committed(
     two: Job, tmp_path: Path, number: signal.Signals, asynchronous: bool
 ) -> None:
-    for worker in two.ranks:
+    for worker in two.workers:
         worker.start(ranks.train_until_preempted, str(tmp_path), asynchronous, with_pipe=True)
 
     def make_a_step() -> None:
-        for worker in two.ranks:
+        for worker in two.workers:
             assert worker.receive() == "ready"
-        for worker in two.ranks:
+        for worker in two.workers:
             worker._pipe.send("step")
 
     make_a_step()
     make_a_step()
-    for worker in two.ranks:
+    for worker in two.workers:
         assert worker.receive() == "ready"
-    os.kill(two.ranks[1].pid, number)
-    for worker in two.ranks:
+    os.kill(two.workers[1].pid, number)
+    for worker in two.workers:
         worker._pipe.send("step")
     assert two.results() == [(3, True, True, [3])] * 2
     assert "manifest.json" in contents(tmp_path / "step-3")
