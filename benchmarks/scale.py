@@ -22,6 +22,7 @@ from scale_store import VOTES_AT_ONCE, Round, measure_commit
 
 from lastgood.format import sharding
 from lastgood.format.manifest import decode_manifest, encode_manifest
+from lastgood.format.mesh import Mesh, check_mesh
 
 RANKS = (8, 128, 2048, 16384)
 TENSORS = (1_000, 10_000, 100_000)
@@ -163,9 +164,9 @@ def _tables(wanted: Sequence[str], ranks: Sequence[int], tensors: Sequence[int])
 def _mesh_table(ranks: Sequence[int]) -> Table:
     table = Table("mesh", "Making a mesh, once for all tensors on it", "ms", ranks)
 
-    def made(count: int) -> sharding.Mesh:
+    def made(count: int) -> Mesh:
         mesh = states.FSDP_TP.mesh(count)
-        sharding.check_mesh(mesh)
+        check_mesh(mesh)
         return mesh
 
     table.lines.append(Line("FSDP x TP", [1e3 * _seconds(lambda count=count: made(count)) for count in ranks]))
@@ -181,7 +182,7 @@ def _save_tables(ranks: Sequence[int], tensors: Sequence[int]) -> Iterator[Table
             line, peak = (Line(f"{kind.name}, {number:,} tensors", []) for _ in range(2))
             for count in ranks:
                 mesh = kind.mesh(count)
-                sharding.check_mesh(mesh)
+                check_mesh(mesh)
                 sizes = states.shapes(number, count if kind is not states.HSDP else states.SHARDS_OF_HSDP)
                 arguments = (kind, mesh, names, sizes, count // 3)
                 line.figures.append(1e3 * _seconds(lambda plan=arguments: states.plan_save(*plan)))

@@ -8,9 +8,11 @@ from typing import Any
 
 import msgspec
 
-from lastgood.format.index import DictNode, Index, ShardedNode, TensorNode
+from lastgood.format.index import Index
 from lastgood.format.manifest import Manifest
-from lastgood.format.sharding import Layout, Mesh, Piece, Placement, held_pieces, pieces_within, written_pieces
+from lastgood.format.mesh import Layout, Mesh, Placement
+from lastgood.format.nodes import DictNode, ShardedNode, TensorNode
+from lastgood.format.sharding import Piece, held_pieces, pieces_within, written_pieces
 from lastgood.format.spec import crc32
 from lastgood.format.vote import GROUPS, Ballot, Vote, ballot_of, tally
 

@@ -16,7 +16,7 @@ import torch
 from lastgood._storage_uses import StorageUse, StorageUses, UnsavableStorageError, location_of, without_bytes
 from lastgood._torch_internals import untyped_storage_of
 from lastgood.errors import UnsafeValueWarning, UnsupportedStateError
-from lastgood.format.index import element_span
+from lastgood.format.nodes import element_span
 from lastgood.format.spec import (
     DTYPES,
     PICKLE_RECORD,

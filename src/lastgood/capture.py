@@ -16,12 +16,14 @@ from lastgood._memory import paused_garbage_collection
 from lastgood._opaque import OpaquePickler, type_name
 from lastgood._storage_uses import StorageUse, StorageUses, UnsavableStorageError
 from lastgood.errors import UnsupportedStateError
-from lastgood.format.index import (
+from lastgood.format.index import Index, StorageEntry
+from lastgood.format.index_head import UNSAVED, IndexHead
+from lastgood.format.mesh import Mesh
+from lastgood.format.nodes import (
     BytearrayNode,
     DeviceNode,
     DictNode,
     DtypeNode,
-    Index,
     ListNode,
     MapNode,
     Node,
@@ -31,7 +33,6 @@ from lastgood.format.index import (
     SetNode,
     ShardedNode,
     SizeNode,
-    StorageEntry,
     TensorNode,
     TupleNode,
     element_span,
@@ -40,9 +41,7 @@ from lastgood.format.index import (
     list_position,
     scalar_node,
 )
-from lastgood.format.index_head import UNSAVED, IndexHead
 from lastgood.format.pickle_writer import place_opaque_values
-from lastgood.format.sharding import Mesh
 from lastgood.format.spec import DTYPES, MAX_INDEX_DEPTH
 from lastgood.format.stream import FileImage, make_image, native_byteorder
 from lastgood.sharding.dtensors import is_dtensor

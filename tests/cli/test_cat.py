@@ -16,7 +16,7 @@ import lastgood
 from lastgood.cli._keys import find_key, near_keys
 from lastgood.cli._tensors import TensorSource
 from lastgood.errors import CorruptCheckpointError
-from lastgood.format.index import TensorNode
+from lastgood.format.nodes import TensorNode
 
 MEBIBYTE = 1024 * 1024
 

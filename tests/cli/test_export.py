@@ -15,7 +15,7 @@ from tests.unit.loading.files import archive_of, flip
 import lastgood
 from lastgood.cli import export as verb
 from lastgood.format.identity import read_identity
-from lastgood.format.sharding import Mesh
+from lastgood.format.mesh import Mesh
 from lastgood.storage.local import LocalStorage
 
 

@@ -18,7 +18,7 @@ from lastgood.cli._measure import flat
 from lastgood.cli._stats import Stats, stats_of
 from lastgood.cli._tensors import TensorSource
 from lastgood.errors import CorruptCheckpointError
-from lastgood.format.index import TensorNode, walk_nodes
+from lastgood.format.nodes import TensorNode, walk_nodes
 from lastgood.format.spec import BLOCK_SIZE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e5m2, torch.complex64, torch.int64, torch.uint8, torch.bool)

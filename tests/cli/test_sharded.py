@@ -20,7 +20,7 @@ from lastgood.cli._report.space import space_of
 from lastgood.cli._whole import WholeSource
 from lastgood.errors import CorruptCheckpointError
 from lastgood.format.epoch import EPOCH_NAME, publishing, read_epoch, take_epoch
-from lastgood.format.sharding import Mesh
+from lastgood.format.mesh import Mesh
 from lastgood.storage.local import LocalStorage
 
 GRID = Mesh((2, 2), ("data", "tensor"), (2, 0, 3, 1))

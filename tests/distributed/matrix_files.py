@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from tests.unit.loading.files import archive_of, flip
 
-from lastgood.format.index import ShardedNode, TensorNode
-from lastgood.format.sharding import Box
+from lastgood.format.mesh import Box
+from lastgood.format.nodes import ShardedNode, TensorNode, walk_leaves
 from lastgood.format.spec import DTYPES
-from lastgood.format.vote import walk_leaves
 
 
 def files_in(checkpoint: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from tests.unit.sharding.ballots import count, files_of, sharded
 from lastgood.checkpoint_reader import CheckpointReader
 from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, UncommittedCheckpointError
 from lastgood.format.manifest import encode_manifest
-from lastgood.format.sharding import Mesh
+from lastgood.format.mesh import Mesh
 from lastgood.format.spec import BLOCK_SIZE
 from lastgood.types import RankInfo
 

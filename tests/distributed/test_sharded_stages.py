@@ -13,7 +13,7 @@ from tests.unit.sharding.ballots import count, files_of, sharded
 from lastgood.checkpoint_reader import CheckpointReader
 from lastgood.errors import CorruptCheckpointError, MissingKeysError, RankMismatchError, TargetMismatchError
 from lastgood.format.manifest import checkpoint_file, encode_manifest, manifest_file
-from lastgood.format.sharding import Mesh
+from lastgood.format.mesh import Mesh
 from lastgood.types import RankInfo
 
 STAGES = [Mesh((2,), ("dp",), (0, 1)), Mesh((2,), ("dp",), (2, 3))]

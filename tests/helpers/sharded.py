@@ -8,9 +8,9 @@ import msgspec
 import torch
 from tests.unit.sharding.ballots import count, files_of, rank_file, sharded
 
-from lastgood.format.index import join_path, list_position
 from lastgood.format.manifest import Manifest, ManifestFile, encode_manifest, manifest_file
-from lastgood.format.sharding import Mesh
+from lastgood.format.mesh import Mesh
+from lastgood.format.nodes import join_path, list_position
 from lastgood.format.spec import crc32
 from lastgood.storage.local import LocalStorage
 

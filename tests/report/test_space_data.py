@@ -13,7 +13,8 @@ import lastgood
 from lastgood._contents import FileContents, open_contents
 from lastgood.cli._report.data import Report, Space
 from lastgood.cli._report.space import space_of
-from lastgood.format.index import DictNode, StorageEntry, TensorNode
+from lastgood.format.index import StorageEntry
+from lastgood.format.nodes import DictNode, TensorNode
 
 
 def _space(tmp_path: Path, state: dict[str, Any], most_nodes: int = 1000) -> Space:

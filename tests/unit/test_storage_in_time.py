@@ -233,7 +233,7 @@ def test_storage_that_hangs_does_not_keep_the_interpreter_from_exiting(tmp_path:
 import sys, threading
 from lastgood._image_writer import write_durably
 from lastgood.errors import StorageError
-from lastgood.format.index import DictNode
+from lastgood.format.nodes import DictNode
 from lastgood.storage.file_ops import OsFileOps
 from lastgood.storage.local import LocalStorage
 

@@ -12,7 +12,7 @@ from lastgood._threads import run_all
 from lastgood.errors import CorruptCheckpointError, UnsafeCheckpointError
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.index import Node, ShardedNode, TensorNode, walk_paths
+from lastgood.format.nodes import Node, ShardedNode, TensorNode, walk_paths
 from lastgood.format.read_plan import DirectRead, Read, WholeRead, plan_whole
 from lastgood.format.spec import BLOCK_SIZE, block_count, crc32
 from lastgood.storage._direct_io import aligned_buffer

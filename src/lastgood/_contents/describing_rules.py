@@ -16,7 +16,7 @@ from lastgood._loading.pickle_symbols import (
     UsersSymbol,
     is_count,
 )
-from lastgood.format.index import (
+from lastgood.format.nodes import (
     BytearrayNode,
     BytesNode,
     ComplexNode,

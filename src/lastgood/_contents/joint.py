@@ -1,12 +1,13 @@
 """The files of several ranks seen as one state: each spread tensor once, and what each rank has of its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lastgood._contents.model import Contents, FileContents
 from lastgood._contents.reading import References
-from lastgood.format.index import (
+from lastgood.format.manifest import Manifest
+from lastgood.format.nodes import (
     DictNode,
     MapNode,
     Node,
@@ -17,11 +18,10 @@ from lastgood.format.index import (
     TensorNode,
     encode_node,
     keyed_children,
+    walk_leaves,
     walk_nodes,
 )
-from lastgood.format.manifest import Manifest
-from lastgood.format.sharding import Box
-from lastgood.format.vote import group_of, walk_leaves
+from lastgood.format.vote import group_of
 
 _MAPPINGS = (DictNode, MapNode, OrderedDictNode)
 _OF_ONE_FILE = (TensorNode, ShardedNode, ReferenceNode, OpaqueNode)
@@ -38,13 +38,6 @@ def is_joint(contents: Contents) -> bool:
 def has_parts(file: FileContents) -> bool:
     """Whether a file holds parts of tensors that are spread over ranks."""
     return any(isinstance(node, ShardedNode) for node, _ in walk_nodes(file.root))
-
-
-def parts_of(node: ShardedNode) -> Iterator[tuple[Box, TensorNode]]:
-    """The parts of a tensor that one file holds, as boxes of the whole tensor, each with its tensor."""
-    for offsets, part in zip(node.offsets, node.items, strict=True):
-        if isinstance(part, TensorNode):  # an index with anything else in its place is refused
-            yield Box(offsets, part.shape), part
 
 
 # Values that are not the same on all ranks

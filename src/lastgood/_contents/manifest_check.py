@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import msgspec
 
 from lastgood._contents.checking import Findings
-from lastgood._contents.joint import parts_of
 from lastgood._contents.shown import box_text, placement_text
 from lastgood.errors import CorruptCheckpointError, RankMismatchError, listed
 from lastgood.format.archive import Archive
 from lastgood.format.commit import is_named_by
-from lastgood.format.index import ShardedNode
 from lastgood.format.manifest import Manifest, ShardedTensor
-from lastgood.format.sharding import Box, Mesh, written_pieces
-from lastgood.format.vote import Ballot, ballot_of, tally, walk_leaves
+from lastgood.format.mesh import Box, Mesh
+from lastgood.format.nodes import ShardedNode, parts_of, sharded_nodes
+from lastgood.format.sharding import written_pieces
+from lastgood.format.vote import Ballot, ballot_of, tally
 
 
 class ManifestCheck:
@@ -85,8 +85,7 @@ class ManifestCheck:
 
     def _compare_parts(self, archive: Archive) -> None:
         index, name, rank = archive.index, archive.file.path, archive.index.rank
-        leaves = sorted(walk_leaves(index.root), key=lambda leaf: leaf[0])
-        nodes = {path: node for path, node in leaves if isinstance(node, ShardedNode)}
+        nodes = dict(sorted(sharded_nodes(index.root), key=lambda found: found[0]))
         for path, node in nodes.items():
             difference = self._difference(node, path, index.meshes[node.mesh])
             if difference is not None:

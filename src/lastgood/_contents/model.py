@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lastgood.format.index import Node, StorageEntry
+from lastgood.format.index import StorageEntry
 from lastgood.format.manifest import Manifest
-from lastgood.format.sharding import Mesh
+from lastgood.format.mesh import Mesh
+from lastgood.format.nodes import Node
 
 Kind = Literal["lastgood", "torch zip", "torch legacy"]
 

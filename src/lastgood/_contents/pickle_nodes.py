@@ -10,7 +10,7 @@ from lastgood._contents.describing_rules import (
     opaque,
 )
 from lastgood._loading.pickle_symbols import DictSymbol, GlobalSymbol, ListSymbol, TupleSymbol, UsersSymbol
-from lastgood.format.index import (
+from lastgood.format.nodes import (
     BytearrayNode,
     BytesNode,
     ComplexNode,

@@ -16,8 +16,8 @@ from lastgood.errors import CheckpointNotFoundError, StorageError
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.commit import read_manifest
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.index import NUMBERED, Node, ReferenceNode, ShardedNode, TensorNode, walk_nodes, walk_paths
 from lastgood.format.manifest import Manifest, checkpoint_file, rank_of
+from lastgood.format.nodes import NUMBERED, Node, ReferenceNode, ShardedNode, TensorNode, walk_nodes, walk_paths
 from lastgood.format.spec import DTYPES
 from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend, StoredFile

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lastgood.format.index import (
+from lastgood.format.mesh import Box, Mesh, is_replica_mesh
+from lastgood.format.nodes import (
     BytearrayNode,
     BytesNode,
     ComplexNode,
@@ -26,7 +27,6 @@ from lastgood.format.index import (
     TupleNode,
     unpack_floats,
 )
-from lastgood.format.sharding import Box, Mesh, is_replica_mesh
 
 _LONGEST = 72
 _LONGEST_INT_BYTES = 32

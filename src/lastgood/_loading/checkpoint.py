@@ -27,9 +27,9 @@ from lastgood._loading.records import read_whole
 from lastgood._loading.spread import ManyFiles, check_targets
 from lastgood._loading.values import MapLocation, ObjectTable
 from lastgood.format.archive import Archive
-from lastgood.format.index import DictNode, MapNode, Node, OrderedDictNode, ShardedNode, join_path, keyed_children
 from lastgood.format.manifest import Manifest
-from lastgood.format.sharding import is_replica_mesh
+from lastgood.format.mesh import is_replica_mesh
+from lastgood.format.nodes import DictNode, MapNode, Node, OrderedDictNode, ShardedNode, join_path, keyed_children
 from lastgood.types import RankInfo
 
 OpenRank = Callable[[int], Archive]
@@ -61,13 +61,15 @@ def load_checkpoint(
 class _Part(NamedTuple):
     """What comes from one file: a target, in which it stands once loaded, and what rules decide instead.
 
-    ``peers`` are the ranks that have to have what is in it.
+    ``peers`` are the ranks that have to have what is in it; ``missing`` what the target asks for and the file has not,
+    once that is known.
     """
 
     archive: Archive
     target: Any
     choices: list[Choice]
     peers: Sequence[int]
+    missing: Sequence[str] = ()
 
 
 class _Load:
@@ -87,9 +89,8 @@ class _Load:
 
     def into(self, target: Any) -> tuple[Any, list[str]]:
         primary = self._part(self._primary_rank, target, chooses=not self._is_same_world)
-        others = self._others(primary.archive, target)
+        others = self._prepare(primary, self._others(primary.archive, target), target)
         parts = [primary, *others]
-        self._prepare(parts, target)
         loaded, missing = self._load(primary.archive, primary.target, self._check_keys(parts, target), whole=True)
         if primary.choices and target is not None:
             loaded = take_over(target, primary.target)
@@ -134,26 +135,32 @@ class _Load:
 
     # Before anything is changed
 
-    def _prepare(self, parts: list[_Part], target: Any) -> None:
-        """Compare what comes from other files than the primary one, and check those files where that is to be first."""
-        pairs: list[tuple[Archive, Any]] = [(part.archive, part.target) for part in parts[1:]]
-        pairs += [
-            (self._open_rank(rank), only(None if callable(choice.rule) else target, choice))
-            for part in parts
-            for choice in part.choices
-            for rank in self._ranks_for(choice, part)
-        ]
-        checked = {id(parts[0].archive)}  # the load from it does
-        for archive, wanted in pairs:
-            merge = Merge(ObjectTable(archive.nodes), archive.file.path)
-            merge.plan(wanted, archive.index.root)
-            check_targets(merge.spread, archive.file.path)
-            if self._options.verify_first:
-                fresh = [node for node in merge.fresh if isinstance(node, ShardedNode)]
-                for each in self._source(archive).archives_for(merge.spread, fresh):
-                    if id(each) not in checked:
-                        checked.add(id(each))
-                        read_whole(each, [])
+    def _prepare(self, primary: _Part, others: list[_Part], target: Any) -> list[_Part]:
+        """Compare what comes from other files than the primary one, and check those files where that is to be first.
+
+        The other parts, with what is missing from them.
+        """
+        checked = {id(primary.archive)}  # the load from it does
+        prepared = [part._replace(missing=self._compare(part.archive, part.target, checked)) for part in others]
+        for part in (primary, *others):
+            for choice in part.choices:
+                wanted = only(None if callable(choice.rule) else target, choice)
+                for rank in self._ranks_for(choice, part):
+                    self._compare(self._open_rank(rank), wanted, checked)
+        return prepared
+
+    def _compare(self, archive: Archive, wanted: Any, checked: set[int]) -> list[str]:
+        """Raise if a file does not hold what fits a target; the key paths that it has not."""
+        merge = Merge(ObjectTable(archive.nodes), archive.file.path)
+        merge.plan(wanted, archive.index.root)
+        check_targets(merge.spread, archive.file.path)
+        if self._options.verify_first:
+            fresh = [node for node in merge.fresh if isinstance(node, ShardedNode)]
+            for each in self._source(archive).archives_for(merge.spread, fresh):
+                if id(each) not in checked:
+                    checked.add(id(each))
+                    read_whole(each, [])
+        return merge.missing
 
     def _check_keys(self, parts: list[_Part], target: Any) -> CheckKeys | None:
         check, others = self._options.check_keys, parts[1:]
@@ -252,9 +259,7 @@ def _missing_from_all(missing: list[str], others: list[_Part]) -> list[str]:
     for other in others:
         found = _paths(other.target) | {choice.path for choice in other.choices}
         missing = [path for path in missing if path not in found]
-        merge = Merge(ObjectTable(other.archive.nodes), other.archive.file.path)
-        merge.plan(other.target, other.archive.index.root)
-        missing += merge.missing
+        missing += other.missing
     return missing
 
 

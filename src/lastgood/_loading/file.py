@@ -29,7 +29,8 @@ from lastgood._threads import call_with_timeout
 from lastgood.errors import ConfigError, CorruptCheckpointError, StorageError, corrupt
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.index import InvalidIndexError, OpaqueNode, ShardedNode, TensorNode
+from lastgood.format.index import InvalidIndexError
+from lastgood.format.nodes import OpaqueNode, ShardedNode, TensorNode
 from lastgood.format.stream import native_byteorder
 from lastgood.storage.base import StoredFile
 

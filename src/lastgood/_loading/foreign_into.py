@@ -11,7 +11,7 @@ from lastgood._loading.spread import check_targets, copy_spread
 from lastgood._loading.targets import copy_into, naming_undefined_targets
 from lastgood._loading.values import MapLocation, ObjectTable, StoragePool, ValueBuilder, copy_of, relocated
 from lastgood.capture import describe_loaded
-from lastgood.format.index import (
+from lastgood.format.nodes import (
     DictNode,
     ListNode,
     MapNode,

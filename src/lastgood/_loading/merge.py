@@ -8,7 +8,7 @@ import torch
 from lastgood._loading.targets import TensorsLike
 from lastgood._loading.values import ObjectTable, ValueBuilder, tensors_in, torch_dtype
 from lastgood.errors import TargetMismatchError
-from lastgood.format.index import (
+from lastgood.format.nodes import (
     DictNode,
     ListNode,
     MapNode,

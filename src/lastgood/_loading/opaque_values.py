@@ -20,7 +20,7 @@ from lastgood._torch_internals import untyped_storage_of
 from lastgood.errors import UnsafeCheckpointError, corrupt
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE, LIMIT_32
-from lastgood.format.index import OpaqueNode
+from lastgood.format.nodes import OpaqueNode
 from lastgood.format.pickle_writer import PROTOCOL
 from lastgood.format.read_plan import PIECE_SIZE, Request
 from lastgood.format.spec import (

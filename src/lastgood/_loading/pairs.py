@@ -10,7 +10,7 @@ from lastgood._loading.targets import copy_into, in_pieces, split_targets
 from lastgood._loading.values import StoragePool, byte_range
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.index import OpaqueNode, TensorNode
+from lastgood.format.nodes import OpaqueNode, TensorNode
 from lastgood.format.read_plan import Request
 
 STAGED_BYTES = 16 * 1024 * 1024

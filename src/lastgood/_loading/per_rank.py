@@ -13,7 +13,7 @@ import msgspec
 from lastgood._loading.targets import TensorsLike
 from lastgood.errors import ConfigError, RankMismatchError, listed
 from lastgood.format.archive import Archive
-from lastgood.format.index import (
+from lastgood.format.nodes import (
     DictNode,
     MapNode,
     Node,
@@ -21,8 +21,9 @@ from lastgood.format.index import (
     ShardedNode,
     join_path,
     keyed_children,
+    walk_values,
 )
-from lastgood.format.vote import content_of, group_of, walk_values
+from lastgood.format.vote import content_of, group_of
 from lastgood.types import RankInfo
 
 PerRankRule = Literal["first", "modulo", "leave"] | Callable[[list[Any], RankInfo], Any]

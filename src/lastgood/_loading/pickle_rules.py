@@ -19,7 +19,7 @@ from lastgood._loading.pickle_symbols import (
     is_count,
 )
 from lastgood.errors import UnsafeCheckpointError
-from lastgood.format.index import element_span
+from lastgood.format.nodes import element_span
 from lastgood.format.spec import DTYPES, QUANTIZED_STORAGE_CLASSES
 
 LARGEST_KEY = 1000

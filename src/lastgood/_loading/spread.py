@@ -23,11 +23,11 @@ from lastgood._loading.values import (
 from lastgood.errors import TargetMismatchError, UncommittedCheckpointError, UnsupportedStateError, corrupt
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.index import ShardedNode, TensorNode
 from lastgood.format.manifest import Manifest, ShardedTensor
-from lastgood.format.sharding import Box, Layout, Mesh, Shape, held_pieces, pieces_within, whole
+from lastgood.format.mesh import Box, Layout, Mesh, Shape, whole
+from lastgood.format.nodes import ShardedNode, TensorNode, parts_of, sharded_nodes
+from lastgood.format.sharding import held_pieces, pieces_within
 from lastgood.format.spec import BLOCK_SIZE, DTYPES
-from lastgood.format.vote import walk_leaves
 from lastgood.sharding.dtensors import is_dtensor, local_tensor, own_mesh, placements_of, require_usual_shards
 from lastgood.sharding.local_shards import narrowed
 
@@ -69,9 +69,9 @@ class OneFile:
         if isinstance(node, TensorNode):
             return [Part(self._archive, region, _sub_node(node, region.offsets, region.sizes))]
         held = [
-            Part(self._archive, box, _sub_node(part, _minus(box.offsets, offsets), box.sizes))
-            for offsets, part in zip(node.offsets, node.items, strict=True)
-            if isinstance(part, TensorNode) and (box := Box(offsets, part.shape).intersection(region)) is not None
+            Part(self._archive, box, _sub_node(part, _minus(box.offsets, there.offsets), box.sizes))
+            for there, part in parts_of(node)
+            if (box := there.intersection(region)) is not None
         ]
         if sum(part.box.element_count for part in held) != region.element_count:
             raise UncommittedCheckpointError(
@@ -110,7 +110,7 @@ class ManyFiles:
         self._tensors = {tensor.name: tensor for tensor in manifest.tensors}
         self._layouts: dict[str, Layout] = {}
         self._parts_by_rank: dict[int, dict[str, ShardedNode]] = {}
-        self._names = {id(node): name for name, node in _sharded_nodes(primary)}
+        self._names = {id(node): name for name, node in sharded_nodes(primary.index.root)}
 
     def find(self, node: TensorNode | ShardedNode, region: Box) -> list[Part]:
         if isinstance(node, TensorNode):
@@ -143,21 +143,15 @@ class ManyFiles:
         archive = self._open_rank(rank)
         nodes = self._parts_by_rank.get(rank)
         if nodes is None:
-            nodes = self._parts_by_rank[rank] = dict(_sharded_nodes(archive))
+            nodes = self._parts_by_rank[rank] = dict(sharded_nodes(archive.index.root))
         node = nodes.get(name)
         if node is not None and _is_same(self._tensors[name], node):
-            for offsets, part in zip(node.offsets, node.items, strict=True):
-                if isinstance(part, TensorNode) and Box(offsets, part.shape).intersection(box) == box:
-                    return Part(archive, box, _sub_node(part, _minus(box.offsets, offsets), box.sizes))
+            for there, part in parts_of(node):
+                if there.intersection(box) == box:
+                    return Part(archive, box, _sub_node(part, _minus(box.offsets, there.offsets), box.sizes))
         raise corrupt(
             archive.file.path, f"it does not hold the part of {name!r} that its manifest promises", tensor=name
         )
-
-
-def _sharded_nodes(archive: Archive) -> Iterator[tuple[str, ShardedNode]]:
-    for path, node in walk_leaves(archive.index.root):
-        if isinstance(node, ShardedNode):
-            yield path, node
 
 
 def _is_same(tensor: ShardedTensor, node: ShardedNode) -> bool:

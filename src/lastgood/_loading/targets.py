@@ -8,9 +8,9 @@ import torch
 
 from lastgood._loading.values import byte_range, torch_dtype
 from lastgood.errors import CorruptCheckpointError, corrupt, listed
-from lastgood.format.index import (
+from lastgood.format.index import InvalidIndexError
+from lastgood.format.nodes import (
     DictNode,
-    InvalidIndexError,
     MapNode,
     Node,
     OpaqueNode,

@@ -11,7 +11,8 @@ import torch
 
 from lastgood._torch_internals import negative_view
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.index import (
+from lastgood.format.index import Index, InvalidIndexError, StorageEntry
+from lastgood.format.nodes import (
     CONTAINERS,
     NUMBERED,
     BytearrayNode,
@@ -21,9 +22,7 @@ from lastgood.format.index import (
     DictNode,
     DtypeNode,
     FloatNode,
-    Index,
     IntNode,
-    InvalidIndexError,
     ListNode,
     MapNode,
     Node,
@@ -33,7 +32,6 @@ from lastgood.format.index import (
     SetNode,
     ShardedNode,
     SizeNode,
-    StorageEntry,
     TensorNode,
     TextNode,
     TupleNode,

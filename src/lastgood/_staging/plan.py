@@ -17,8 +17,9 @@ from lastgood._staging.tensor_facts import TensorFacts, facts_of, pointers_of
 from lastgood._storage_uses import bytes_of
 from lastgood.capture import CapturedState, capture
 from lastgood.format.image import FIRST_STORAGE, DataLayout, lay_out_data, lay_out_ending
-from lastgood.format.index import Index, scalar_node
+from lastgood.format.index import Index
 from lastgood.format.index_head import LARGEST_HEAD, encode_body
+from lastgood.format.nodes import scalar_node
 from lastgood.format.pickle_writer import PickleTemplate, encode_template
 from lastgood.format.spec import PAGE, PAGE_ALIGNED_FROM
 from lastgood.sharding.local_shards import replicas_by_name, sources_of

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import torch
 
-from lastgood.format.index import (
+from lastgood.format.nodes import (
     CONTAINERS,
     DictNode,
     ListNode,

@@ -18,7 +18,7 @@ from lastgood._memory import address_of, memory_at
 from lastgood._staging.plan import Taken
 from lastgood._torch_internals import version_of
 from lastgood.errors import TornSnapshotError
-from lastgood.format.index import TensorNode, walk_paths
+from lastgood.format.nodes import TensorNode, walk_paths
 from lastgood.format.spec import crc32
 
 SAMPLES = 16

@@ -16,7 +16,8 @@ from lastgood.cli._sides import Side, side_of, side_of_file
 from lastgood.cli._tensors import BATCH_ELEMENTS, SavedTensor, TensorSource, batches, boxes, by_dtype
 from lastgood.cli._whole import is_checkpoint_of_many
 from lastgood.errors import UnsafeCheckpointError
-from lastgood.format.index import (
+from lastgood.format.mesh import whole
+from lastgood.format.nodes import (
     CONTAINERS,
     DictNode,
     Node,
@@ -28,9 +29,8 @@ from lastgood.format.index import (
     encode_node,
     join_path,
     keyed_children,
+    walk_leaves,
 )
-from lastgood.format.sharding import whole
-from lastgood.format.vote import walk_leaves
 
 _PIECE_ELEMENTS = 512 * 1024
 """So many elements are measured at a time, which takes about a hundred bytes each."""

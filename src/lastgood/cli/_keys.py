@@ -8,7 +8,7 @@ from typing import Any
 from lastgood._contents import FileContents
 from lastgood._contents.reading import values
 from lastgood.errors import CheckpointNotFoundError, ConfigError
-from lastgood.format.index import DictNode, MapNode, Node, OrderedDictNode, ShardedNode, join_path, keyed_children
+from lastgood.format.nodes import DictNode, MapNode, Node, OrderedDictNode, ShardedNode, join_path, keyed_children
 
 _COMPARED = 2000
 _SUGGESTED = 5

@@ -12,7 +12,7 @@ from lastgood._contents.reading import local_storage, rank_files
 from lastgood.cli._tensors import Source, TensorSource
 from lastgood.cli._whole import WholeSource, is_checkpoint_of_many
 from lastgood.errors import ConfigError
-from lastgood.format.index import Node, OpaqueNode, ReferenceNode
+from lastgood.format.nodes import Node, OpaqueNode, ReferenceNode
 
 
 @dataclass(frozen=True)

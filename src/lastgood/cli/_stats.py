@@ -8,7 +8,7 @@ import msgspec
 
 from lastgood.cli._measure import flat, per_segment, per_tensor, row_of, wide
 from lastgood.cli._tensors import BATCH_ELEMENTS, SavedTensor, Source, batches, boxes, by_dtype
-from lastgood.format.sharding import whole
+from lastgood.format.mesh import whole
 
 if TYPE_CHECKING:
     import torch

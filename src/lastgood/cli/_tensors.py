@@ -16,17 +16,10 @@ from lastgood._threads import run_all
 from lastgood.errors import ConfigError, corrupt
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.index import (
-    InvalidIndexError,
-    Node,
-    OpaqueNode,
-    ShardedNode,
-    TensorNode,
-    keyed_children,
-    walk_nodes,
-)
+from lastgood.format.index import InvalidIndexError
+from lastgood.format.mesh import Box
+from lastgood.format.nodes import Node, OpaqueNode, ShardedNode, TensorNode, keyed_children, walk_nodes
 from lastgood.format.read_plan import PIECE_SIZE, RUN_GAP, RUN_SIZE, Request
-from lastgood.format.sharding import Box
 from lastgood.format.spec import BLOCK_SIZE, DTYPES, crc32
 from lastgood.format.stream import native_byteorder
 from lastgood.storage._direct_io import aligned_buffer

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lastgood._contents import FileContents
-from lastgood._contents.joint import parts_of
 from lastgood._contents.reading import References
 from lastgood._contents.shown import json_value, kind_name, placement_text, show_value
-from lastgood.format.index import (
+from lastgood.format.mesh import Box, Mesh
+from lastgood.format.nodes import (
     CONTAINERS,
     Node,
     ReferenceNode,
@@ -17,8 +17,8 @@ from lastgood.format.index import (
     TensorNode,
     join_path,
     keyed_children,
+    parts_of,
 )
-from lastgood.format.sharding import Box, Mesh
 from lastgood.format.spec import DTYPES
 
 MOST_ROWS = 300

@@ -16,9 +16,9 @@ from lastgood.cli._tensors import SavedTensor, TensorSource
 from lastgood.errors import CorruptCheckpointError, UncommittedCheckpointError
 from lastgood.format.archive import Archive
 from lastgood.format.commit import is_named_by, read_manifest
-from lastgood.format.index import Node, OpaqueNode, ShardedNode, TensorNode, walk_paths
 from lastgood.format.manifest import checkpoint_file
-from lastgood.format.sharding import Box, Shape
+from lastgood.format.mesh import Box, Shape
+from lastgood.format.nodes import Node, OpaqueNode, ShardedNode, TensorNode, sharded_nodes
 from lastgood.types import RankInfo
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class WholeSource:
     def spread_under(self, paths: Sequence[str]) -> list[ShardedNode]:
         """The spread tensors under these key paths."""
         if self._sharded_paths is None:
-            self._sharded_paths = {path: node for path, node in walk_paths(self.root) if isinstance(node, ShardedNode)}
+            self._sharded_paths = dict(sharded_nodes(self.root))
         return [self._sharded_paths[path] for path in paths]
 
     def load(self, target: Any = None, per_rank: "PerRankRules | None" = None) -> Any:

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from lastgood._contents import Contents, FileContents, open_contents
-from lastgood._contents.joint import is_joint, join, parts_of
+from lastgood._contents.joint import is_joint, join
 from lastgood._contents.shown import box_text, json_value, kind_name, placement_text, plain_value, show_value
 from lastgood.cli._keys import find_key, ways
 from lastgood.cli._output import AsJson, Output
 from lastgood.cli._target import CheckpointPath, Step, find_checkpoint
 from lastgood.errors import CheckpointNotFoundError, ConfigError
-from lastgood.format.index import (
+from lastgood.format.nodes import (
     CONTAINERS,
     Node,
     OpaqueNode,
@@ -23,6 +23,7 @@ from lastgood.format.index import (
     TensorNode,
     join_path,
     keyed_children,
+    parts_of,
     walk_nodes,
     walk_paths,
 )

@@ -14,7 +14,7 @@ from lastgood.cli._keys import Way, ways
 from lastgood.cli._output import AsJson, Output, human_bytes
 from lastgood.cli._target import CheckpointPath, Step, find_checkpoint
 from lastgood.errors import CheckpointExistsError, ConfigError, RankMismatchError, UncommittedCheckpointError, listed
-from lastgood.format.index import CONTAINERS, Node, ShardedNode, walk_paths
+from lastgood.format.nodes import CONTAINERS, Node, ShardedNode, walk_paths
 from lastgood.manager.progress import shown_progress
 
 if TYPE_CHECKING:

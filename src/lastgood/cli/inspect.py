@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lastgood._contents import Contents, FileContents, open_contents
-from lastgood._contents.joint import is_joint, own_paths, parts_of
+from lastgood._contents.joint import is_joint, own_paths
 from lastgood._contents.shown import box_text, shape_text
 from lastgood._memory import paused_garbage_collection
 from lastgood.cli._output import AsJson, Output, human_age, human_bytes, human_moment
@@ -18,9 +18,8 @@ from lastgood.cli._stats import Stats, stats_of
 from lastgood.cli._target import CheckpointPath, Step, find_checkpoint
 from lastgood.cli._tree import Group, Row, cut, ranks_text, rows_of
 from lastgood.cli._tree import as_json as row_as_json
-from lastgood.format.index import OpaqueNode, ShardedNode, TensorNode
+from lastgood.format.nodes import OpaqueNode, ShardedNode, TensorNode, parts_of, walk_leaves
 from lastgood.format.spec import DTYPES, UNTYPED
-from lastgood.format.vote import walk_leaves
 
 _COLUMNS = ("key", "kind", "shape", "size", "ranks", "value", "min", "max", "mean", "std", "NaN", "Inf")
 _RIGHT = ("size", "min", "max", "mean", "std", "NaN", "Inf")

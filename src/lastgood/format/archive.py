@@ -15,17 +15,8 @@ from lastgood.format.image import (
     local_header,
     plan_layout,
 )
-from lastgood.format.index import (
-    Index,
-    InvalidIndexError,
-    Node,
-    OpaqueNode,
-    ShardedNode,
-    TensorNode,
-    decode_index,
-    walk_nodes,
-    walk_paths,
-)
+from lastgood.format.index import Index, InvalidIndexError, decode_index
+from lastgood.format.nodes import Node, OpaqueNode, ShardedNode, TensorNode, walk_nodes, walk_paths
 from lastgood.format.spec import STORAGE_RECORD_PREFIX, block_count, crc32
 from lastgood.format.stream import join_block_crcs
 from lastgood.storage.base import StoredFile

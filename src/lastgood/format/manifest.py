@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 
-from lastgood.format.sharding import Count, Layout, Mesh, check_mesh, parse_placement
+from lastgood.format.mesh import Count, Layout, Mesh, check_mesh, parse_placement
 from lastgood.format.spec import DTYPES, crc32
 
 MANIFEST_NAME = "manifest.json"

@@ -10,7 +10,8 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from lastgood.format.index import (
+from lastgood.format.index import Index, InvalidIndexError, StorageEntry
+from lastgood.format.nodes import (
     NUMBERED,
     BytearrayNode,
     BytesNode,
@@ -19,9 +20,7 @@ from lastgood.format.index import (
     DictNode,
     DtypeNode,
     FloatNode,
-    Index,
     IntNode,
-    InvalidIndexError,
     ListNode,
     MapNode,
     Node,
@@ -31,7 +30,6 @@ from lastgood.format.index import (
     SetNode,
     ShardedNode,
     SizeNode,
-    StorageEntry,
     TensorNode,
     TextNode,
     TupleNode,

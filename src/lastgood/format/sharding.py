@@ -8,12 +8,11 @@ docs/format.md gives. Nothing here takes longer where there are more ranks, but 
 import functools
 import itertools
 import math
-import re
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import msgspec
-
+from lastgood.format.mesh import Box, Layout, Placement, Shape, unravel, whole
+from lastgood.format.segments import Segments, Step, holders_within, length_of, positions_within, segments_of
 from lastgood.format.spec import crc32
 
 SMALLEST_SHARE = 1024 * 1024
@@ -22,86 +21,9 @@ SMALLEST_SHARE = 1024 * 1024
 UNITS_PER_SHARE = 8
 """Shares are made of whole rows of the outermost dimensions; of so many that no share is much larger than another."""
 
-_LARGEST_SPLIT_FACTOR = 64
-"""More than the number of ranks makes no sense; few more do no harm."""
 
 _PIECES_REMEMBERED = 100_000
 """About how many a mesh keeps, as all are small."""
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
-
-Shape: TypeAlias = tuple[int, ...]
-
-
-class Mesh(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, dict=True):
-    """A device mesh: its shape, the names of its dimensions if they have any, and its ranks in row-major order."""
-
-    shape: tuple[Count, ...]
-    names: tuple[str, ...] | None
-    ranks: tuple[Count, ...]
-
-    @functools.cached_property
-    def positions(self) -> dict[int, int]:
-        """Where each rank stands in the row of all."""
-        return {rank: position for position, rank in enumerate(self.ranks)}
-
-    @functools.cached_property
-    def known_pieces(self) -> dict[Any, Any]:
-        """What :func:`pieces_within` has found on this mesh."""
-        return {}
-
-    def coordinates_of(self, rank: int) -> Shape | None:
-        """Where in the mesh a rank stands; ``None`` if it is no part of it."""
-        position = self.positions.get(rank)
-        return None if position is None else _unravel(position, self.shape)
-
-    def rank_at(self, coordinates: Sequence[int]) -> int:
-        """The rank that stands there."""
-        position = 0
-        for coordinate, size in zip(coordinates, self.shape, strict=True):
-            position = position * size + coordinate
-        return self.ranks[position]
-
-
-class Placement(NamedTuple):
-    """How a tensor is placed along one dimension of a mesh.
-
-    ``dimension`` is the tensor's dimension that is divided, or ``None`` for a replica on each rank. With a
-    ``split_factor`` above 1 the dimension is first cut into that many parts, and each of them is divided (what FSDP2
-    does to a tensor that tensor parallelism has divided along the same dimension).
-    """
-
-    dimension: int | None
-    split_factor: int = 1
-
-    def __str__(self) -> str:
-        """As torch prints it, and as files and manifests spell it."""
-        if self.dimension is None:
-            return "R"
-        return f"S({self.dimension})" if self.split_factor == 1 else f"_S({self.dimension}, {self.split_factor})"
-
-
-class Box(NamedTuple):
-    """A part of a tensor: where it begins and how large it is, in elements along each dimension."""
-
-    offsets: Shape
-    sizes: Shape
-
-    @property
-    def element_count(self) -> int:
-        """How many elements it has."""
-        return math.prod(self.sizes)
-
-    def intersection(self, other: "Box") -> "Box | None":
-        """What both have, or ``None``."""
-        offsets, sizes = [], []
-        for start, size, other_start, other_size in zip(*self, *other, strict=True):
-            first, end = max(start, other_start), min(start + size, other_start + other_size)
-            if first >= end:
-                return None
-            offsets.append(first)
-            sizes.append(end - first)
-        return Box(tuple(offsets), tuple(sizes))
 
 
 class Piece(NamedTuple):
@@ -118,187 +40,13 @@ class HeldPiece(NamedTuple):
     box: Box
 
 
-class Layout(msgspec.Struct, frozen=True):
-    """How one tensor is spread. Raises ``ValueError`` where that cannot be."""
-
-    name: str
-    itemsize: int
-    shape: Shape
-    mesh: Mesh
-    placements: tuple[Placement, ...]
-
-    def __post_init__(self) -> None:
-        check_mesh(self.mesh)
-        if len(self.placements) != len(self.mesh.shape):
-            raise ValueError(f"{len(self.placements)} placements on a mesh of {len(self.mesh.shape)} dimensions")
-        for placement in self.placements:
-            if placement.split_factor > max(_LARGEST_SPLIT_FACTOR, len(self.mesh.ranks)):
-                raise ValueError(f"the placement {placement} on a mesh of {len(self.mesh.ranks)} ranks")
-            if placement.dimension is not None and not 0 <= placement.dimension < len(self.shape):
-                raise ValueError(f"the placement {placement} of a tensor of shape {self.shape}")
-
-
-REPLICAS = "lastgood.replicas"
-"""The name of the one dimension of the mesh on which tensors stand that were declared to be the same on all ranks."""
-
-
-def replica_mesh(world_size: int) -> Mesh:
-    """The mesh of all ranks in a row, for tensors that were declared to be the same on all of them."""
-    return Mesh((world_size,), (REPLICAS,), tuple(range(world_size)))
-
-
-def is_replica_mesh(mesh: Mesh) -> bool:
-    """Whether it is such a mesh."""
-    return mesh.names == (REPLICAS,)
-
-
-def whole(shape: Sequence[int]) -> Box:
-    """All of a tensor of this shape."""
-    return Box((0,) * len(shape), tuple(shape))
-
-
-def check_mesh(mesh: Mesh) -> None:
-    """Raise ``ValueError`` for what is no mesh."""
-    if math.prod(mesh.shape) != len(mesh.ranks) or not mesh.ranks or not mesh.shape:
-        raise ValueError(f"a mesh of shape {mesh.shape} with {len(mesh.ranks)} ranks")
-    if len(mesh.positions) != len(mesh.ranks):
-        raise ValueError("a mesh in which a rank stands twice")
-    if mesh.names is not None and len(mesh.names) != len(mesh.shape):
-        raise ValueError(f"a mesh of {len(mesh.shape)} dimensions with the names {mesh.names}")
-
-
-_PLACEMENT = re.compile(r"R|S\((0|[1-9][0-9]{0,8})\)|_S\((0|[1-9][0-9]{0,8}), ([1-9][0-9]{0,8})\)")
-
-
-@functools.lru_cache(maxsize=1024)
-def parse_placement(text: str) -> Placement:
-    """The placement of this spelling; ``ValueError`` for any other text."""
-    match = _PLACEMENT.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is no placement")
-    plain, strided, factor = match.groups()
-    if plain is not None:
-        return Placement(int(plain))
-    placement = Placement(None) if strided is None else Placement(int(strided), int(factor))
-    if str(placement) != text:
-        raise ValueError(f"{text!r} is no placement in its canonical form")
-    return placement
-
-
-# Along one dimension
-
-
-class _Segment(NamedTuple):
-    """Indices of a dimension that lie together, from ``start`` on."""
-
-    start: int
-    size: int
-
-
-_Segments: TypeAlias = tuple[_Segment, ...]
-
-
-class _Step(NamedTuple):
-    """One division of a dimension, over the ranks along one dimension of the mesh."""
-
-    parts: int
-    split_factor: int
-
-
-def _slice(segments: _Segments, first: int, end: int) -> _Segments:
-    """The indices at the positions from ``first`` up to ``end``, counted through all segments."""
-    found: list[_Segment] = []
-    position = 0
-    for start, size in segments:
-        low, high = max(first, position), min(end, position + size)
-        if low < high:
-            begin = start + low - position
-            if found and sum(found[-1]) == begin:
-                found[-1] = _Segment(found[-1].start, found[-1].size + high - low)
-            else:
-                found.append(_Segment(begin, high - low))
-        position += size
-    return tuple(found)
-
-
-def _cuts(length: int, step: _Step) -> Iterator[tuple[int, int, int]]:
-    """For each part of the first cut: where it begins and ends, and how long the pieces are that it is divided into."""
-    width = -(-length // step.split_factor)
-    for number in range(step.split_factor):
-        first, end = min(number * width, length), min((number + 1) * width, length)
-        yield first, end, -(-(end - first) // step.parts)
-
-
-def _take(segments: _Segments, step: _Step, coordinate: int) -> _Segments:
-    """What one coordinate gets of these indices."""
-    taken: list[_Segment] = []
-    for first, end, width in _cuts(_length(segments), step):
-        low = min(first + coordinate * width, end)
-        taken += _slice(segments, low, min(low + width, end))
-    return tuple(taken) if step.split_factor == 1 else _slice(tuple(taken), 0, _length(tuple(taken)))
-
-
-def _coordinates_within(segments: _Segments, step: _Step, first: int, end: int) -> list[int]:
-    """The coordinates that get any of the indices from ``first`` up to ``end``."""
-    low, high = _positions_within(segments, first, end)
-    found: set[int] = set()
-    for begin, stop, width in _cuts(_length(segments), step):
-        inner_low, inner_high = max(low, begin), min(high, stop)
-        if inner_low < inner_high:
-            found.update(range((inner_low - begin) // width, (inner_high - 1 - begin) // width + 1))
-    return sorted(found)
-
-
-def _positions_within(segments: _Segments, first: int, end: int) -> tuple[int, int]:
-    """Which positions hold indices from ``first`` up to ``end``: they lie together, as the segments are in order."""
-    low = high = position = 0
-    is_first = True
-    for start, size in segments:
-        inner_low, inner_high = max(first, start), min(end, start + size)
-        if inner_low < inner_high:
-            if is_first:
-                low, is_first = position + inner_low - start, False
-            high = position + inner_high - start
-        position += size
-    return low, high
-
-
-def _length(segments: _Segments) -> int:
-    return sum(segment.size for segment in segments)
-
-
-def _whole_dimension(size: int) -> _Segments:
-    return (_Segment(0, size),) if size else ()
-
-
-@functools.lru_cache(maxsize=65536)
-def _segments_of(size: int, steps: tuple[_Step, ...], coordinates: Shape) -> _Segments:
-    segments = _whole_dimension(size)
-    for step, coordinate in zip(steps, coordinates, strict=True):
-        segments = _take(segments, step, coordinate)
-    return segments
-
-
-@functools.lru_cache(maxsize=4096)
-def _holders_within(size: int, steps: tuple[_Step, ...], first: int, end: int) -> tuple[tuple[Shape, _Segments], ...]:
-    """The coordinates that hold any of the indices from ``first`` up to ``end``, with all that they hold."""
-    found: list[tuple[Shape, _Segments]] = [((), _whole_dimension(size))]
-    for step in steps:
-        found = [
-            ((*coordinates, coordinate), _take(segments, step, coordinate))
-            for coordinates, segments in found
-            for coordinate in _coordinates_within(segments, step, first, end)
-        ]
-    return tuple(found)
-
-
 # Along all dimensions
 
 
 class _Division(NamedTuple):
     """Which dimensions of a mesh divide which dimension of a tensor, and which hold replicas."""
 
-    steps: tuple[tuple[_Step, ...], ...]
+    steps: tuple[tuple[Step, ...], ...]
     mesh_dimensions: tuple[tuple[int, ...], ...]
     replica_dimensions: tuple[int, ...]
 
@@ -306,27 +54,27 @@ class _Division(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _division(dimensions: int, mesh_shape: Shape, placements: tuple[Placement, ...]) -> _Division:
     replicas = tuple([number for number, placement in enumerate(placements) if placement.dimension is None])
-    steps: list[tuple[_Step, ...]] = []
+    steps: list[tuple[Step, ...]] = []
     mesh_dimensions: list[tuple[int, ...]] = []
     for dimension in range(dimensions):
         numbers = [number for number, placement in enumerate(placements) if placement.dimension == dimension]
-        order = _in_order([(number, _Step(mesh_shape[number], placements[number].split_factor)) for number in numbers])
+        order = _in_order([(number, Step(mesh_shape[number], placements[number].split_factor)) for number in numbers])
         mesh_dimensions.append(tuple([number for number, _ in order]))
         steps.append(tuple([step for _, step in order]))
     return _Division(tuple(steps), tuple(mesh_dimensions), replicas)
 
 
-def _in_order(steps: list[tuple[int, _Step]]) -> list[tuple[int, _Step]]:
+def _in_order(steps: list[tuple[int, Step]]) -> list[tuple[int, Step]]:
     """The divisions of one dimension, by the dimensions of the mesh that make them, in the order in which they come.
 
     A strided one whose factor is that of all divisions after it says that it comes last: FSDP2 divides what tensor
     parallelism has divided already. (DTensor itself cuts first then, which is the same where sizes divide evenly.)
     """
-    order: list[tuple[int, _Step]] = []
+    order: list[tuple[int, Step]] = []
     for number, step in reversed(steps):
         are_plain = all(inner.split_factor == 1 for _, inner in order)
         if step.split_factor > 1 and are_plain and step.split_factor == math.prod(inner.parts for _, inner in order):
-            order.append((number, _Step(step.parts, 1)))
+            order.append((number, Step(step.parts, 1)))
         else:
             order.insert(0, (number, step))
     return order
@@ -357,30 +105,30 @@ def _divide(layout: Layout) -> _Division:
     return _division(len(layout.shape), layout.mesh.shape, layout.placements)
 
 
-def _segments_at(layout: Layout, coordinates: Shape) -> tuple[_Segments, ...]:
+def _segments_at(layout: Layout, coordinates: Shape) -> tuple[Segments, ...]:
     division = _divide(layout)
     return tuple(
-        _segments_of(size, steps, tuple([coordinates[number] for number in numbers]))
+        segments_of(size, steps, tuple([coordinates[number] for number in numbers]))
         for size, steps, numbers in zip(layout.shape, division.steps, division.mesh_dimensions, strict=True)
     )
 
 
 def local_shape(layout: Layout, rank: int) -> Shape:
     """The shape of the local tensor of a rank of the mesh."""
-    return tuple(_length(segments) for segments in _segments_at(layout, _required_coordinates(layout, rank)))
+    return tuple(length_of(segments) for segments in _segments_at(layout, _required_coordinates(layout, rank)))
 
 
 def held_pieces(layout: Layout, rank: int) -> list[Piece]:
     """What a rank of the mesh holds, as boxes that do not overlap; several where a dimension is divided twice."""
     segments = _segments_at(layout, _required_coordinates(layout, rank))
-    return _pieces_in(segments, whole([_length(each) for each in segments]))
+    return _pieces_in(segments, whole([length_of(each) for each in segments]))
 
 
 def written_pieces(layout: Layout, rank: int) -> list[Piece]:
     """Those of the held boxes, or parts of them, that this rank writes: of all replicas exactly one does."""
     coordinates = _required_coordinates(layout, rank)
     segments = _segments_at(layout, coordinates)
-    shape = tuple(_length(each) for each in segments)
+    shape = tuple(length_of(each) for each in segments)
     share = _share_of(layout, shape, _replica_number(layout, coordinates))
     return [piece for box in _share_boxes(shape, share) for piece in _pieces_in(segments, box)]
 
@@ -408,7 +156,7 @@ def _has_replicas(layout: Layout) -> bool:
 def _find_pieces(layout: Layout, region: Box) -> list[HeldPiece]:
     division = _divide(layout)
     by_dimension = [
-        _holders_within(size, steps, offset, offset + length)
+        holders_within(size, steps, offset, offset + length)
         for size, steps, offset, length in zip(layout.shape, division.steps, *region, strict=True)
     ]
     if not division.replica_dimensions:
@@ -424,7 +172,7 @@ def _find_pieces(layout: Layout, region: Box) -> list[HeldPiece]:
 
 
 def _pieces_of_shards(
-    layout: Layout, by_dimension: list[tuple[tuple[Shape, _Segments], ...]], region: Box
+    layout: Layout, by_dimension: list[tuple[tuple[Shape, Segments], ...]], region: Box
 ) -> list[HeldPiece]:
     """The same where nobody holds what another one holds: the parts along each dimension, in all combinations."""
     mesh_shape, along = layout.mesh.shape, []
@@ -449,14 +197,14 @@ def _pieces_of_shards(
 
 
 def _pieces_of_replicas(
-    layout: Layout, coordinates: list[int], segments: tuple[_Segments, ...], region: Box
+    layout: Layout, coordinates: list[int], segments: tuple[Segments, ...], region: Box
 ) -> Iterator[HeldPiece]:
     """The parts of a region that lie in one shard, each with the replica of it that wrote them."""
     mesh, division = layout.mesh, _divide(layout)
-    shape = tuple(_length(each) for each in segments)
+    shape = tuple(length_of(each) for each in segments)
     replica_shape = tuple([mesh.shape[number] for number in division.replica_dimensions])
     for replica, share in _shares_within(layout, shape, segments, region):
-        for number, coordinate in zip(division.replica_dimensions, _unravel(replica, replica_shape), strict=True):
+        for number, coordinate in zip(division.replica_dimensions, unravel(replica, replica_shape), strict=True):
             coordinates[number] = coordinate
         rank = mesh.rank_at(coordinates)
         for local_box in _share_boxes(shape, share):
@@ -466,7 +214,7 @@ def _pieces_of_replicas(
                     yield HeldPiece(rank, box)
 
 
-def _pieces_in(segments: tuple[_Segments, ...], local: Box) -> list[Piece]:
+def _pieces_in(segments: tuple[Segments, ...], local: Box) -> list[Piece]:
     """A box of the local tensor, as boxes of the global one."""
     along: list[list[tuple[int, int, int]]] = []
     for each, first, size in zip(segments, *local, strict=True):
@@ -543,14 +291,14 @@ def _share_of(layout: Layout, shape: Shape, replica: int) -> _Share | None:
 
 
 def _shares_within(
-    layout: Layout, shape: Shape, segments: tuple[_Segments, ...], region: Box
+    layout: Layout, shape: Shape, segments: tuple[Segments, ...], region: Box
 ) -> Iterator[tuple[int, _Share]]:
     """The shares that may hold any of the region, with the replicas that write them."""
     shares = _shares(layout, shape)
     low = high = 0
     for number in range(shares.dimensions):
         first = region.offsets[number]
-        inner = _positions_within(segments[number], first, first + region.sizes[number])
+        inner = positions_within(segments[number], first, first + region.sizes[number])
         low, high = low * shape[number] + inner[0], high * shape[number] + max(inner[1] - 1, 0)
     numbers = range(shares.shares)
     # The share of row r is the last one that begins at or before it.
@@ -593,17 +341,6 @@ def _run_boxes(shape: Shape, first: int, end: int) -> list[Box]:
 
 def _prefixed(row: int, box: Box) -> Box:
     return Box((row, *box.offsets), (1, *box.sizes))
-
-
-# Ranks and coordinates
-
-
-def _unravel(position: int, shape: Shape) -> Shape:
-    coordinates = []
-    for size in reversed(shape):
-        position, coordinate = divmod(position, size)
-        coordinates.append(coordinate)
-    return tuple(reversed(coordinates))
 
 
 def _required_coordinates(layout: Layout, rank: int) -> Shape:

@@ -15,20 +15,18 @@ import msgspec
 from lastgood.errors import CorruptCheckpointError, RankMismatchError, listed
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.index import (
+from lastgood.format.manifest import MANIFEST_VERSION, Manifest, ManifestFile, ShardedTensor, checkpoint_file
+from lastgood.format.mesh import Mesh, is_replica_mesh
+from lastgood.format.nodes import (
     CONTAINERS,
-    DictNode,
-    MapNode,
     Node,
     OpaqueNode,
-    OrderedDictNode,
     ShardedNode,
     TensorNode,
     encode_node,
-    walk_paths,
+    sharded_nodes,
+    walk_values,
 )
-from lastgood.format.manifest import MANIFEST_VERSION, Manifest, ManifestFile, ShardedTensor, checkpoint_file
-from lastgood.format.sharding import Mesh, is_replica_mesh
 from lastgood.format.spec import crc32
 
 GROUPS = 256
@@ -111,38 +109,16 @@ def _add(tables: dict[str, bytes], table: Any) -> str:
 
 def _replica_names(archive: Archive, checksums: Sequence[int]) -> Iterator[tuple[str, int]]:
     meshes = archive.index.meshes
-    names = [
-        path
-        for path, node in walk_leaves(archive.index.root)
-        if isinstance(node, ShardedNode) and is_replica_mesh(meshes[node.mesh])
-    ]
+    names = [path for path, node in sharded_nodes(archive.index.root) if is_replica_mesh(meshes[node.mesh])]
     return zip(sorted(names), checksums, strict=True)
 
 
 def _layout_tables(archive: Archive) -> Iterator[_LayoutTable]:
     by_mesh: dict[int, list[tuple[str, str, tuple[int, ...], tuple[str, ...]]]] = {}
-    for path, node in walk_leaves(archive.index.root):
-        if isinstance(node, ShardedNode):
-            by_mesh.setdefault(node.mesh, []).append((path, node.dtype, node.shape, node.placements))
+    for path, node in sharded_nodes(archive.index.root):
+        by_mesh.setdefault(node.mesh, []).append((path, node.dtype, node.shape, node.placements))
     for number, tensors in sorted(by_mesh.items()):
         yield _LayoutTable(archive.index.meshes[number], sorted(tensors))
-
-
-def walk_leaves(root: Node, path: str = "") -> Iterator[tuple[str, Node]]:
-    """All values that hold no others, and sharded tensors, with their key paths; ``path`` is that of ``root``."""
-    for place, node in walk_paths(root, path, into_shards=False):
-        if isinstance(node, ShardedNode) or not isinstance(node, CONTAINERS):
-            yield place, node
-
-
-def walk_values(root: Node, path: str = "") -> Iterator[tuple[str, Node]]:
-    """Like :func:`walk_leaves`, with the lists, tuples and sets: how long they are is a value, too.
-
-    (Which keys a dict has is not: stages of a pipeline have other ones.)
-    """
-    for place, node in walk_paths(root, path, into_shards=False):
-        if not isinstance(node, (DictNode, MapNode, OrderedDictNode)):
-            yield place, node
 
 
 # Values that are no sharded tensors: whether all ranks have the same

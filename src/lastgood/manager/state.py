@@ -7,7 +7,7 @@ import torch
 
 from lastgood._loading.targets import TensorsLike
 from lastgood.errors import ConfigError, MissingKeysError, TargetMismatchError, listed
-from lastgood.format.index import join_path, list_position
+from lastgood.format.nodes import join_path, list_position
 from lastgood.sharding.dtensors import dtensor_class, is_dtensor
 
 

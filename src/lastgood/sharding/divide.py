@@ -15,8 +15,9 @@ import torch
 
 from lastgood._memory import paused_garbage_collection
 from lastgood.errors import ConfigError, UnsupportedStateError
-from lastgood.format.index import join_path, list_position
-from lastgood.format.sharding import Layout, Piece, Placement, replica_mesh, written_pieces
+from lastgood.format.mesh import Layout, Placement, replica_mesh
+from lastgood.format.nodes import join_path, list_position
+from lastgood.format.sharding import Piece, written_pieces
 from lastgood.sharding.dtensors import (
     Meshes,
     dtensor_class,

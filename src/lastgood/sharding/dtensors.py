@@ -10,7 +10,8 @@ import torch
 
 from lastgood._torch_internals import root_mesh
 from lastgood.errors import UnsupportedStateError
-from lastgood.format.sharding import Layout, Mesh, Placement, has_two_readings, local_shape
+from lastgood.format.mesh import Layout, Mesh, Placement
+from lastgood.format.sharding import has_two_readings, local_shape
 
 
 def dtensor_class() -> type[torch.Tensor] | None:

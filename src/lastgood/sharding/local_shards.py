@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 import torch
 
-from lastgood.format.sharding import Mesh, Piece, Shape
+from lastgood.format.mesh import Mesh, Shape
+from lastgood.format.sharding import Piece
 
 
 class ShardDescription(msgspec.Struct, frozen=True):

@@ -9,8 +9,8 @@ from tests.helpers.sharded import USUAL, commit, model_state, row, save_spread, 
 
 from lastgood._contents import Contents, open_contents
 from lastgood._contents.joint import JointState, is_joint, join, own_paths
-from lastgood.format.index import OrderedDictNode, ReferenceNode, ShardedNode, TensorNode, walk_paths
-from lastgood.format.sharding import Mesh
+from lastgood.format.mesh import Mesh
+from lastgood.format.nodes import OrderedDictNode, ReferenceNode, ShardedNode, TensorNode, walk_paths
 
 
 def own(contents: Contents) -> set[str]:

@@ -14,7 +14,7 @@ from tests.unit.sharding.ballots import rank_file
 
 from lastgood._contents import Problem, verify_checkpoint
 from lastgood.format.manifest import Manifest, ShardedTensor
-from lastgood.format.sharding import Mesh
+from lastgood.format.mesh import Mesh
 
 OTHER_SAVE = "77" * 16
 

@@ -21,7 +21,7 @@ from lastgood._contents import FileContents, open_contents, tensors
 from lastgood._contents.reading import values
 from lastgood._contents.shown import show_value
 from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, LastgoodError, UnsafeCheckpointError
-from lastgood.format.index import ReferenceNode, TensorNode, walk_nodes
+from lastgood.format.nodes import ReferenceNode, TensorNode, walk_nodes
 
 MEBIBYTE = 1024 * 1024
 

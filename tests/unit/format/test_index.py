@@ -12,14 +12,12 @@ from tests.unit.capture.states import states
 
 from lastgood.capture import CapturedState, capture
 from lastgood.errors import UnsupportedStateError
-from lastgood.format.index import (
+from lastgood.format.index import InvalidIndexError, decode_index, encode_index
+from lastgood.format.nodes import (
     ComplexNode,
     FloatNode,
     IntNode,
-    InvalidIndexError,
     TextNode,
-    decode_index,
-    encode_index,
     join_path,
     keyed_children,
     list_position,

@@ -14,8 +14,8 @@ from tests.unit.format.zip_layout import read_layout
 import lastgood
 from lastgood._image_writer import write_image
 from lastgood.capture import capture
-from lastgood.format.index import ListNode
 from lastgood.format.index_head import UNSAVED
+from lastgood.format.nodes import ListNode
 from lastgood.format.pickle_writer import encode_pickle
 from lastgood.storage.local import LocalStorage
 

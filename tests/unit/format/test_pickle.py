@@ -13,16 +13,8 @@ from tests.unit.capture.states import states
 
 from lastgood.capture import CapturedState, capture
 from lastgood.errors import UnsupportedStateError
-from lastgood.format.index import (
-    DtypeNode,
-    Index,
-    InvalidIndexError,
-    ListNode,
-    OpaqueNode,
-    decode_index,
-    encode_index,
-    walk_nodes,
-)
+from lastgood.format.index import Index, InvalidIndexError, decode_index, encode_index
+from lastgood.format.nodes import DtypeNode, ListNode, OpaqueNode, walk_nodes
 from lastgood.format.pickle_writer import encode_pickle
 
 pytestmark = [

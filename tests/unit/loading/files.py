@@ -16,7 +16,8 @@ from lastgood._loading.file import verify_file
 from lastgood._memory import bytes_at
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.image import plan_layout
-from lastgood.format.index import Index, OpaqueNode, StorageEntry, TensorNode, encode_index, walk_nodes
+from lastgood.format.index import Index, StorageEntry, encode_index
+from lastgood.format.nodes import OpaqueNode, TensorNode, walk_nodes
 from lastgood.format.pickle_writer import place_opaque_values
 from lastgood.format.stream import FileImage, stream_image
 from lastgood.storage.base import StoredFile

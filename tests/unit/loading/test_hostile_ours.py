@@ -16,7 +16,8 @@ from tests.unit.loading.test_hostile_foreign import SECONDS, SPARE, bombs, load_
 import lastgood
 from lastgood._loading import file as loading
 from lastgood.errors import CorruptCheckpointError, LastgoodError, UnsafeCheckpointError
-from lastgood.format.index import (
+from lastgood.format.index import StorageEntry
+from lastgood.format.nodes import (
     BytearrayNode,
     ComplexNode,
     DeviceNode,
@@ -29,7 +30,6 @@ from lastgood.format.index import (
     OrderedDictNode,
     ReferenceNode,
     SetNode,
-    StorageEntry,
     TensorNode,
     TextNode,
     TupleNode,

@@ -15,7 +15,7 @@ from tests.unit.sharding.ballots import count, files_of, sharded
 from lastgood.checkpoint_reader import CheckpointReader
 from lastgood.errors import ConfigError, CorruptCheckpointError, RankMismatchError, TargetMismatchError
 from lastgood.format.manifest import Manifest, checkpoint_file, encode_manifest, manifest_file
-from lastgood.format.sharding import Mesh
+from lastgood.format.mesh import Mesh
 from lastgood.format.vote import group_of
 from lastgood.types import RankInfo
 

@@ -11,7 +11,7 @@ from tests.unit.loading.files import FORGED_TENSOR, flip, forge
 
 import lastgood
 from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, UncommittedCheckpointError
-from lastgood.format.index import DictNode
+from lastgood.format.nodes import DictNode
 
 
 def refused(path: Path, kind: type[Exception], match: str, rank: int = 0, world_size: int = 1, **options: Any) -> Any:

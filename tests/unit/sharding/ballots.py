@@ -13,7 +13,8 @@ from lastgood.capture import capture
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.index_head import IndexHead
 from lastgood.format.manifest import Manifest, checkpoint_file
-from lastgood.format.sharding import Layout, Mesh, parse_placement, written_pieces
+from lastgood.format.mesh import Layout, Mesh, parse_placement
+from lastgood.format.sharding import written_pieces
 from lastgood.format.vote import Ballot, ballot_of, tally
 from lastgood.sharding.checksums import checksum
 from lastgood.sharding.divide import Divider

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lastgood.format import sharding
-from lastgood.format.sharding import Box, Layout, Mesh, Piece, Placement
+from lastgood.format.mesh import Box, Layout, Mesh, Placement
+from lastgood.format.sharding import Piece
 
 LARGEST = 3000
 """Elements of a random tensor: cutting it up for every rank has to stay quick."""

@@ -27,21 +27,8 @@ from tests.unit.sharding.layouts import (
     writers,
 )
 
-from lastgood.format.sharding import (
-    SMALLEST_SHARE,
-    Box,
-    Layout,
-    Mesh,
-    Placement,
-    held_pieces,
-    is_replica_mesh,
-    local_shape,
-    parse_placement,
-    pieces_within,
-    replica_mesh,
-    whole,
-    written_pieces,
-)
+from lastgood.format.mesh import Box, Layout, Mesh, Placement, is_replica_mesh, parse_placement, replica_mesh, whole
+from lastgood.format.sharding import SMALLEST_SHARE, held_pieces, local_shape, pieces_within, written_pieces
 
 REPLICATED = Placement(None)
 
@@ -189,6 +176,7 @@ def test_tied_tensors_are_written_by_the_same_ranks(
 
 _PRINT_EVERYTHING = """
 import hashlib, random, sys
+from lastgood.format.mesh import *
 from lastgood.format.sharding import *
 seed, order = int(sys.argv[1]), sys.argv[2]
 rng = random.Random(seed)

@@ -9,8 +9,9 @@ from tests.unit.sharding.ballots import count, files_of
 
 from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from lastgood.errors import ConfigError
-from lastgood.format.index import InvalidIndexError, ShardedNode, TensorNode, decode_index, encode_index
-from lastgood.format.sharding import Layout, Placement, replica_mesh
+from lastgood.format.index import InvalidIndexError, decode_index, encode_index
+from lastgood.format.mesh import Layout, Placement, replica_mesh
+from lastgood.format.nodes import ShardedNode, TensorNode
 from lastgood.sharding.divide import Divider
 from lastgood.types import RankInfo
 

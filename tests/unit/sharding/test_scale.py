@@ -24,7 +24,7 @@ from lastgood._coordination.connection import Connection
 from lastgood._coordination.together import Coordinator
 from lastgood.format import sharding
 from lastgood.format.manifest import Manifest, encode_manifest
-from lastgood.format.sharding import check_mesh
+from lastgood.format.mesh import Mesh, check_mesh
 from lastgood.storage.local import LocalStorage
 
 MANY = 16384
@@ -144,7 +144,7 @@ def test_finding_the_pieces_for_a_rank_takes_hardly_longer_where_there_are_more_
         readers = range(0, int(ranks * factor), int(ranks * factor) // 8)
         pieces = 0
 
-        def plan(manifest: Manifest = manifest, mesh: sharding.Mesh = mesh, readers: Sequence[int] = readers) -> None:
+        def plan(manifest: Manifest = manifest, mesh: Mesh = mesh, readers: Sequence[int] = readers) -> None:
             nonlocal pieces
             for reader in readers:
                 pieces += scale_states.plan_load(manifest, scale_states.FSDP_TP, mesh, reader)[0]
@@ -162,7 +162,7 @@ def test_whoever_wants_everything_takes_as_long_as_there_are_pieces() -> None:
     assert found[1] <= 8.5 * found[0]
 
 
-def whole_load(manifest: Manifest, mesh: sharding.Mesh) -> None:
+def whole_load(manifest: Manifest, mesh: Mesh) -> None:
     pieces, ranks = scale_states.plan_load(manifest, scale_states.FSDP_TP, mesh, 0)
     assert len(ranks) == manifest.world_size
     assert pieces >= manifest.world_size * len(manifest.tensors)

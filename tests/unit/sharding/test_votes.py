@@ -11,7 +11,6 @@ import torch
 from tests.unit.sharding.ballots import SAVE_ID, RankFile, Tables, count, files_of, rank_file, sharded
 
 from lastgood.errors import CorruptCheckpointError, RankMismatchError, UnsupportedStateError
-from lastgood.format.index import ShardedNode
 from lastgood.format.manifest import (
     InvalidManifestError,
     Manifest,
@@ -20,9 +19,11 @@ from lastgood.format.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from lastgood.format.sharding import Box, Mesh, pieces_within, replica_mesh, whole, written_pieces
+from lastgood.format.mesh import Box, Mesh, replica_mesh, whole
+from lastgood.format.nodes import ShardedNode, walk_leaves
+from lastgood.format.sharding import pieces_within, written_pieces
 from lastgood.format.spec import crc32
-from lastgood.format.vote import group_of, tally, walk_leaves
+from lastgood.format.vote import group_of, tally
 from lastgood.sharding.divide import Divider
 from lastgood.storage.local import LocalStorage
 from lastgood.types import RankInfo
