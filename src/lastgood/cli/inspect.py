@@ -18,7 +18,7 @@ from lastgood.cli._stats import Stats, stats_of
 from lastgood.cli._target import CheckpointPath, Step, find_checkpoint
 from lastgood.cli._tree import Group, Row, cut, ranks_text, rows_of
 from lastgood.cli._tree import as_json as row_as_json
-from lastgood.format.nodes import OpaqueNode, ShardedNode, TensorNode, parts_of, walk_leaves
+from lastgood.format.nodes import OpaqueNode, ShardedNode, TensorNode, parts_of, sharded_nodes
 from lastgood.format.spec import DTYPES, UNTYPED
 
 _COLUMNS = ("key", "kind", "shape", "size", "ranks", "value", "min", "max", "mean", "std", "NaN", "Inf")
@@ -131,7 +131,7 @@ def held_in(file: FileContents) -> Held:
     """What one file holds of tensors that are spread over ranks."""
     if not file.meshes:
         return Held()
-    spread = [node for _, node in walk_leaves(file.root) if isinstance(node, ShardedNode)]
+    spread = [node for _, node in sharded_nodes(file.root)]
     parts = {(part.storage, part.offset, part.shape): part for node in spread for _, part in parts_of(node)}
     nbytes = sum(math.prod(part.shape) * DTYPES[part.dtype].itemsize for part in parts.values())
     return Held(len(spread), len(parts), nbytes)
