@@ -20,6 +20,7 @@ from lastgood._process.launch import Launch, apply, ignore_signals_to_the_traine
 from lastgood._process.parcels import unpack
 from lastgood._process.pipe import MessagePipe, Received, RequestType, WorkerResponse
 from lastgood._process.watch import TrainerWatch
+from lastgood.checkpoint_writer import CheckpointWriter
 from lastgood.types import RankInfo
 
 _LAUNCH_SECS = 60.0
@@ -56,7 +57,7 @@ def main(descriptors: list[int]) -> int:
         del job
     with contextlib.ExitStack() as last:
         last.callback(watch.last_answer, WorkerResponse(RequestType.TERMINATE_PROCESS, True))
-        _close(writer)
+        _close(writer, trainer_is_gone=watch.trainer_is_gone)
     return 0
 
 
@@ -93,8 +94,10 @@ def _with_rank_info(function: Callable[..., Any], arguments: dict[str, Any], ran
     return {**arguments, "rank_info": rank_info} if takes_it else arguments
 
 
-def _close(writer: Any) -> None:
+def _close(writer: Any, *, trainer_is_gone: bool) -> None:
     try:
+        if trainer_is_gone and isinstance(writer, CheckpointWriter):
+            writer.depart()
         close = getattr(writer, "close", None)
         if close is not None:
             close()

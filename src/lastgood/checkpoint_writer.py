@@ -380,6 +380,12 @@ class CheckpointWriter:
         with _events.phase("commit", directory, rank=rank):
             together.commit()
 
+    def depart(self) -> None:
+        """The trainer has ended: no more saves of this rank will come, and the others need not wait for any."""
+        coordinator = self._own_coordinator()
+        if coordinator is not None:
+            coordinator.depart()
+
     def close(self) -> None:
         """Release what the writer holds; ranks that vote may wait a moment for others that have not heard yet."""
         if self._coordinator is not None:

@@ -228,3 +228,22 @@ def test_hazard_29_a_stopped_job_that_goes_on_when_another_has_taken_over_publis
     assert sorted(contents(path)) == ["checkpoint_0.pt", "checkpoint_1.pt", "manifest.json"]
     for rank in range(2):
         assert_state(read(path, rank, 2), 20 + rank)
+
+
+def test_hazard_26_nobody_waits_for_a_rank_whose_trainer_ended_before_it_asked_for_the_save(
+    start_job: Any, tmp_path: Path
+) -> None:
+    """Its checkpoint process leaves without having heard of it: the others would wait for ten minutes."""
+    job = start_job()
+    job.assert_saves(tmp_path / "step-1", 1)
+    end = ProcessEnd(job.processes[1])
+    # Rank 0 waits for rank 1's vote before that has ended, and for one that has.
+    job.ranks[0].call(ranks.stage, str(tmp_path / "step-2"), 2)
+    job.ranks[1].kill()
+    with end:
+        assert end.wait()
+    for told in (job.ranks[0].call(ranks.outcome), job.ranks[0].call(ranks.save, str(tmp_path / "step-3"), 3)):
+        assert told.startswith("BarrierTimeoutError")
+        assert "rank 1 ended, and had not asked for this save" in told
+    for step in (2, 3):
+        assert_not_committed(tmp_path / f"step-{step}", 2)

@@ -65,6 +65,11 @@ class Connection:
         self._port = port
         self._store: Any = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is one, as far as the last call could tell."""
+        return self._store is not None
+
     def open(self, timeout_secs: float) -> None:
         """Make sure that there is a connection that works, opened anew if need be."""
         if self._store is not None:

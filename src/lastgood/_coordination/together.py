@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -19,6 +20,7 @@ from lastgood._coordination.connection import (
     StoreUnreachableError,
     serve,
 )
+from lastgood._coordination.departures import departed_of, has_any_departed, say_departed
 from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, rank_list
 from lastgood._coordination.tables import forget_tables, send_tables, table_key
 from lastgood.errors import BarrierTimeoutError, ConfigError, CorruptCheckpointError, LastgoodError, StorageError
@@ -33,6 +35,7 @@ ReplicaChecksums = Callable[[], Sequence[int]]
 """Gives the CRC-32s of the tensors that have to be the same on all ranks, in the order of their names."""
 
 _FAREWELL_SECS = 5.0
+_LOOK_AGAIN_SECS = 2.0
 _VOTES_AT_ONCE = 512
 _SAVES_REMEMBERED = 64
 _GIVEN_UP = "given up"
@@ -69,6 +72,17 @@ class Coordinator:
             self._checksum_tables,
         )
         return self._last
+
+    def depart(self) -> None:
+        """This rank's trainer has ended, and all it asked for is done: nobody need wait for it. Never raises."""
+        if self.coordination.rank == 0:
+            return  # its store goes with it
+        try:
+            if not self._connection.is_open:
+                self._connection.open(ANSWER_SECS)
+            self._connection.call(lambda store: say_departed(store, self.coordination.rank), ANSWER_SECS)
+        except (StoreUnreachableError, StoreTimeoutError) as failure:
+            _events.logger.info("could not tell the other ranks that this one's trainer has ended: %s", failure)
 
     def close(self) -> None:
         """Rank 0 waits a moment, until all others know how the last save ended; then its store is gone."""
@@ -206,13 +220,30 @@ class SaveTogether:
             self._ask(lambda store: self._meeting(store).decide(ALL_CAME), ANSWER_SECS)
 
     def _wait_for_all(self) -> None:
-        if not self._came(self._key("decided"), self._timeout_secs):
+        if not self._was_decided_in_time():
             missing = self._ask(lambda store: self._meeting(store).missing(), self._timeout_secs)
             # If none is: the last one came this very moment, or ended before it could say so.
             waited = f"rank {self._rank} waited {self._timeout_secs:g} s for {rank_list(missing)}"
             self._give_up(Outcome(waited, missing) if missing else ALL_CAME)
         self._raise_unless_all_came()
         self._ask(self._forget_former, self._timeout_secs)
+
+    def _was_decided_in_time(self) -> bool:
+        """Wait for the votes of all ranks; one whose trainer has ended without asking for this save decides it."""
+        deadline = time.monotonic() + self._timeout_secs
+        while (left := deadline - time.monotonic()) > 0:
+            if self._came(self._key("decided"), min(left, _LOOK_AGAIN_SECS)):
+                return True
+            departed = self._ask(self._departed_without_vote, ANSWER_SECS)
+            if departed:
+                self._give_up(Outcome(f"{rank_list(departed)} ended, and had not asked for this save", departed))
+        return False
+
+    def _departed_without_vote(self, store: Any) -> tuple[int, ...]:
+        # In this order: whoever is found to have departed first, and then to be missing, votes no more.
+        departed = departed_of(store, self._meeting(store).missing()) if has_any_departed(store) else ()
+        still_missing = set(self._meeting(store).missing()) if departed else set()
+        return tuple(rank for rank in departed if rank in still_missing)
 
     def _raise_unless_all_came(self) -> None:
         outcome = self._ask(lambda store: self._meeting(store).outcome(), ANSWER_SECS)

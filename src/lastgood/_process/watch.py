@@ -69,7 +69,8 @@ class TrainerWatch:
         self._outbox = Outbox()
         self._bounds_its_waits: Callable[[], bool] = lambda: False
         self._is_ready = False
-        self._trainer_is_gone = False
+        self.trainer_is_gone = False
+        """From then on nothing more is asked for; it is said before the queue of jobs runs empty."""
         self._all_sent = threading.Event()
         self._silent = 0.0
         self._phase = ""
@@ -97,7 +98,7 @@ class TrainerWatch:
 
     def last_answer(self, response: WorkerResponse) -> None:
         """Send it and return when it is sent, or after a while."""
-        if not self._trainer_is_gone:
+        if not self.trainer_is_gone:
             self._outbox.post(response, sent=self._all_sent.set)
             self._all_sent.wait(self._config.subprocess_shutdown_timeout_secs)
 
@@ -116,12 +117,12 @@ class TrainerWatch:
         last = last_beat = time.monotonic()
         while True:
             self._send()
-            if not self._trainer_is_gone:
+            if not self.trainer_is_gone:
                 poller.register(self._pipe, select.POLLIN | (select.POLLOUT if self._pipe.has_unsent else 0))
-            is_waited_for = self._jobs.has_work or self._trainer_is_gone or self._trainer is None
+            is_waited_for = self._jobs.has_work or self.trainer_is_gone or self._trainer is None
             wait_secs = self._config.heartbeat_secs if is_waited_for else _IDLE_SECS
             ready = {descriptor for descriptor, _ in poller.poll(wait_secs * 1000)}
-            if not self._trainer_is_gone:
+            if not self.trainer_is_gone:
                 # Asked for before the last messages are read: a trainer that is gone sends no more after that.
                 is_gone = self._trainer in ready if self._trainer is not None else os.getppid() != self._trainer_pid
                 for received in self._pipe.receive():
@@ -151,7 +152,7 @@ class TrainerWatch:
             self._jobs.leave()
 
     def _send(self) -> None:
-        if self._trainer_is_gone:
+        if self.trainer_is_gone:
             return
         # Receiving finds the end of the pipe, after the last messages.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -159,7 +160,7 @@ class TrainerWatch:
 
     def _lose_trainer(self) -> None:
         """Finish what is wholly staged, and nothing else."""
-        self._trainer_is_gone = True
+        self.trainer_is_gone = True
         self._all_sent.set()
         self._jobs.abandon_incomplete(
             CheckpointProcessError("the trainer is gone, and had not staged the whole snapshot: it is dropped")
@@ -168,7 +169,7 @@ class TrainerWatch:
         self._outbox.close()
 
     def _beat(self) -> None:
-        if not self._jobs.has_work or self._trainer_is_gone or self._pipe.has_unsent:
+        if not self._jobs.has_work or self.trainer_is_gone or self._pipe.has_unsent:
             return
         if self._gets_on():
             self._pipe.queue(WorkerResponse(RequestType.PING, True, payload={"heartbeat": self._written}))
@@ -181,7 +182,7 @@ class TrainerWatch:
 
     def _leave_if_stuck(self, elapsed: float) -> None:
         """Nobody else ends a process whose trainer is gone."""
-        if not self._trainer_is_gone:
+        if not self.trainer_is_gone:
             return
         config = self._config
         if not self._is_ready:
