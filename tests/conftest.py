@@ -2,6 +2,8 @@
 
 import os
 import random
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -28,3 +30,23 @@ def rng_seed() -> int:
     # pytest shows what a test printed when it fails, and only then.
     print(f"random seed: to repeat, run with {SEED_VARIABLE}={seed}")
     return seed
+
+
+_case_counts: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="session")
+def count_cases() -> Callable[[str, int], None]:
+    """Adds to a total that is printed at the end of the run: how many cases of something were tried."""
+
+    def add(what: str, count: int) -> None:
+        _case_counts[what] += count
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _case_counts:
+        terminalreporter.section("cases tried")
+        for what, count in sorted(_case_counts.items()):
+            terminalreporter.line(f"{count:>9,} {what}")
