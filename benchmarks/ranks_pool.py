@@ -37,12 +37,13 @@ class RankPool:
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._errors = [tempfile.TemporaryFile() for _ in range(world_size)]  # noqa: SIM115 (closed below)
+        environment = _environment(world_size)
         rendezvous = os.path.join(directory, f"rendezvous-{world_size}")
         for rank in range(world_size):
             ours, theirs = multiprocessing.Pipe()
             command = [sys.executable, _WORKER, str(theirs.fileno()), str(rank), str(world_size), rendezvous]
             self._processes.append(
-                subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=self._errors[rank], env=_environment())
+                subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=self._errors[rank], env=environment)
             )
             theirs.close()
             self._connections.append(ours)
@@ -101,6 +102,6 @@ class RankPool:
         return RanksLostError(f"rank {rank} has ended (status {self._processes[rank].poll()}): {text[-2000:]}")
 
 
-def _environment() -> dict[str, str]:
-    """One thread for each rank, as torchrun has it; DCP's processes meet at an address from the environment."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+def _environment(world_size: int) -> dict[str, str]:
+    """As torchrun has it: one thread for each rank, all of this machine. DCP's processes meet at the address."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(world_size)}

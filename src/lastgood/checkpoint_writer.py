@@ -233,7 +233,7 @@ class CheckpointWriter:
         return self._rank_info.global_world_size > 1 and commits_together
 
     @property
-    def _storage_in_time(self) -> StorageBackend:
+    def _storage_in_time(self) -> StorageInTime:
         return StorageInTime(self._storage, self._config.no_progress_timeout_secs)
 
     def _prepare(

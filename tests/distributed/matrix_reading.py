@@ -1,5 +1,6 @@
 """Which files a load opens and what it reads of them; what ranks load when told to."""
 
+import os
 from typing import Any
 
 import torch
@@ -56,6 +57,23 @@ def save_large(path: str) -> None:
 
 def bytes_read_of_large(path: str, dimension: int) -> dict[str, int]:
     """By a load of :func:`save_large` by other ranks, into rows or columns."""
+    return {name: count for name, count in _load_large(path, dimension).bytes_read().items() if name.endswith(".pt")}
+
+
+def files_shared_on_a_machine_of(ranks_here: int, path: str, dimension: int) -> list[str]:
+    """Those that such a load leaves in the page cache for other ranks, where so many are on the machine."""
+    before = os.environ.get("LOCAL_WORLD_SIZE")
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_here)
+    try:
+        storage = _load_large(path, dimension)
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+        if before is not None:
+            os.environ["LOCAL_WORLD_SIZE"] = before
+    return sorted(name for name, files in storage.files.items() if any(file.expects_other_readers for file in files))
+
+
+def _load_large(path: str, dimension: int) -> CountingStorage:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     whole = torch.arange(float(ROWS * COLUMNS)).view(ROWS, COLUMNS)
     target = distribute_tensor(torch.zeros(ROWS, COLUMNS), mesh, [Shard(dimension)], src_data_rank=None)
@@ -63,7 +81,7 @@ def bytes_read_of_large(path: str, dimension: int) -> dict[str, int]:
     _reader(storage).read(path, {"w": target})
     expected = distribute_tensor(whole, mesh, [Shard(dimension)], src_data_rank=None)
     assert torch.equal(local(target), local(expected))
-    return {name: count for name, count in storage.bytes_read().items() if name.endswith(".pt")}
+    return storage
 
 
 def load_damaged(path: str, layout: str, options: dict[str, Any]) -> tuple[Exception | None, list[str]]:

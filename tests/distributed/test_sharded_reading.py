@@ -62,6 +62,13 @@ def test_a_load_into_another_layout_reads_just_the_blocks_that_it_needs(pool: Po
         assert sorted(read) == [f"checkpoint_{rank}.pt" for rank in range(4)]
         assert all(amount <= 4 * MIB + around + beside for amount in read.values())
 
+    # On a machine of many ranks these are read once from the device, for all; rows are wanted by one rank alone.
+    every_file = [f"checkpoint_{rank}.pt" for rank in range(4)]
+    shared = matrix_reading.files_shared_on_a_machine_of
+    assert pool.ranks(2).call(shared, 4, path, 1) == [every_file, every_file]
+    assert pool.ranks(2).call(shared, 2, path, 1) == [[], []]
+    assert pool.ranks(2).call(shared, 4, path, 0) == [[], []]
+
 
 # Damage
 

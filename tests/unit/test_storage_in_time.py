@@ -68,7 +68,7 @@ def impatient_writer(ops: RecordingFileOps) -> CheckpointWriter:
 @pytest.mark.parametrize(
     ("operation", "phase", "says"),
     [
-        ("status", "exists", "Nothing was changed"),
+        ("status", "look up", "Nothing was changed"),
         ("open_exclusive", "lock", "Nothing was published; earlier checkpoints are untouched"),
         ("reserve", "begin", "Nothing was published"),
         ("pwrite", "write", "storage took no data for 0.2 s"),

@@ -258,17 +258,17 @@ def read_spread(targets: Sequence[SpreadTarget], source: Source, *, check: bool)
     by_archive: dict[int, tuple[Archive, list[tuple[torch.Tensor, TensorNode]]]] = {}
     shared: set[int] = set()
     for tensor, node in _last_on_each_memory(targets):
-        is_shared = _ranks_here() >= _SHARED_FROM and _is_wanted_by_others(tensor)
+        is_wanted_by_others = _is_wanted_by_others(tensor)
         for region, memory in target_regions(tensor):
             for part in source.find(node, region):
                 inner = narrowed(memory, _minus(part.box.offsets, region.offsets), part.box.sizes)
                 _, pairs = by_archive.setdefault(id(part.archive), (part.archive, []))
                 pairs += _without_gaps(inner, part.node)
-                if is_shared and isinstance(node, ShardedNode):
+                if isinstance(node, ShardedNode) and (is_wanted_by_others or _has_gaps(part.node)):
                     shared.add(id(part.archive))
     done = {}
     for archive, pairs in by_archive.values():
-        if id(archive) in shared:
+        if id(archive) in shared and _ranks_here() >= _SHARED_FROM:
             archive.file.expect_other_readers()
         read_pairs(archive, pairs, check=check)
         done[id(archive)] = {
@@ -306,6 +306,12 @@ def _is_wanted_by_others(tensor: torch.Tensor) -> bool:
     spread: Any = tensor
     sizes = zip(spread.placements, spread.device_mesh.shape, strict=True)
     return any(placement.is_replicate() and size > 1 for placement, size in sizes)
+
+
+def _has_gaps(node: TensorNode) -> bool:
+    """Whether what has to be read for this part of a tensor holds more than that: other ranks want the rest."""
+    start, end = byte_range(node)
+    return whole(node.shape).element_count * DTYPES[node.dtype].itemsize < end - start
 
 
 def _without_gaps(target: torch.Tensor, node: TensorNode) -> Iterator[tuple[torch.Tensor, TensorNode]]:

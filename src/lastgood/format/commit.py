@@ -29,23 +29,24 @@ from lastgood.format.manifest import (
 )
 from lastgood.format.spec import crc32
 from lastgood.format.vote import Ballot, ballot_of, not_of_this_save, tally
+from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend, StorageLock
 
 _LONGEST_PAUSE_SECS = 0.25
 
 
-def refuse_committed(storage: StorageBackend, path: str, rank: int, world_size: int, *, independent: bool) -> None:
+def refuse_committed(storage: StorageInTime, path: str, rank: int, world_size: int, *, independent: bool) -> None:
     """Raise :class:`~lastgood.errors.CheckpointExistsError` if this save cannot replace what ``path`` holds.
 
     One rank's file is replaced in one step, and so is one of several independent ones by its successor. A checkpoint
     of several ranks cannot be, nor can several ranks, or another number of them, replace anything committed. What was
     never committed may be written over.
     """
-    obstacle = "the committed checkpoint of several ranks" if storage.exists(manifest_file(path)) else None
-    if obstacle is None:
-        # The file of rank 0 too: it tells all ranks of a save the same.
-        for name in dict.fromkeys((checkpoint_file(path, 0), checkpoint_file(path, rank))):
-            obstacle = obstacle or _committed_by_itself(storage, name, world_size, independent=independent)
+
+    def look(plain: StorageBackend) -> str | None:
+        return _obstacle_at(plain, path, rank, world_size, independent=independent)
+
+    obstacle = storage.look_up(look, path)
     if obstacle is not None:
         ranks = "one rank" if world_size == 1 else f"{world_size} ranks"
         raise CheckpointExistsError(
@@ -55,6 +56,15 @@ def refuse_committed(storage: StorageBackend, path: str, rank: int, world_size: 
             rank=rank,
             phase="begin",
         )
+
+
+def _obstacle_at(storage: StorageBackend, path: str, rank: int, world_size: int, *, independent: bool) -> str | None:
+    obstacle = "the committed checkpoint of several ranks" if storage.exists(manifest_file(path)) else None
+    if obstacle is None:
+        # The file of rank 0 too: it tells all ranks of a save the same.
+        for name in dict.fromkeys((checkpoint_file(path, 0), checkpoint_file(path, rank))):
+            obstacle = obstacle or _committed_by_itself(storage, name, world_size, independent=independent)
+    return obstacle
 
 
 def _committed_by_itself(storage: StorageBackend, name: str, world_size: int, *, independent: bool) -> str | None:

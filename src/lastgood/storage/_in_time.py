@@ -81,6 +81,10 @@ class StorageInTime:
         safe = "The directory may still be there."
         return self._call(lambda: self._storage.delete_directory(path), "delete", path, safe)
 
+    def look_up(self, question: Callable[[StorageBackend], Result], path: str) -> Result:
+        """What several calls that only read find out, all within the time of one: a thread for each would cost more."""
+        return self._call(lambda: question(self._storage), "look up", path, _READ_ONLY)
+
     def _obtain(
         self, function: Callable[[], Result], undo: Callable[[Result], None], phase: str, path: str, safe: str
     ) -> Result:

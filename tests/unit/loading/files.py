@@ -57,6 +57,7 @@ class CountingFile:
         self.path = file.path
         self.size = file.size
         self.reads: list[tuple[int, int]] = []
+        self.expects_other_readers = False
 
     @property
     def bytes_read(self) -> int:
@@ -65,6 +66,10 @@ class CountingFile:
     def read_into(self, offset: int, target: memoryview) -> None:
         self.reads.append((offset, target.nbytes))
         self._file.read_into(offset, target)
+
+    def expect_other_readers(self) -> None:
+        self.expects_other_readers = True
+        self._file.expect_other_readers()
 
     def close(self) -> None:
         self._file.close()
