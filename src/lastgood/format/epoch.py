@@ -77,11 +77,25 @@ def take_epoch(storage: StorageBackend, root: str, job: str, timeout_secs: float
         if before is not None and before.job == job:
             return before.epoch
         epoch = 1 if before is None else before.epoch + 1
-        body = msgspec.json.encode(Epoch(epoch, job))
-        storage.put(epoch_file(root), msgspec.json.encode(_Sealed(crc32(body), msgspec.Raw(body))) + b"\n")
+        _publish_record(storage, root, Epoch(epoch, job))
         return epoch
     finally:
         lock.release()
+
+
+def _publish_record(storage: StorageBackend, root: str, epoch: Epoch) -> None:
+    """Not in one ``put``: one that is given up for being slow goes on, and would bring the record back over a later
+    job's. Here what is slow comes before the record has its name."""
+    body = msgspec.json.encode(epoch)
+    data = msgspec.json.encode(_Sealed(crc32(body), msgspec.Raw(body))) + b"\n"
+    write = storage.begin(epoch_file(root), len(data))
+    try:
+        write.write_at(0, memoryview(data))
+        write.make_durable()
+        write.commit()
+    except BaseException:
+        write.abort()
+        raise
 
 
 def check_epoch(storage: StorageBackend, root: str, mine: Epoch) -> None:

@@ -1,7 +1,9 @@
 """The record of jobs under a root: who may publish there."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.distributed.barrier_ranks import finished, start
@@ -11,6 +13,8 @@ from lastgood._coordination.calls import hold_epoch, root_of
 from lastgood.errors import CorruptCheckpointError, StorageError, SupersededError
 from lastgood.format.epoch import EPOCH_NAME, Epoch, check_epoch, publishing, read_epoch, take_epoch
 from lastgood.manager.catalog import read_catalog
+from lastgood.storage._durable_write import DurableWrite
+from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.local import LocalStorage
 
 
@@ -65,10 +69,10 @@ def test_whoever_publishes_waits_for_a_takeover_and_then_sees_it(tmp_path: Path)
     taking, go_on = threading.Event(), threading.Event()
 
     class Slow(LocalStorage):
-        def put(self, path: str, data: object) -> None:
+        def begin(self, path: str, size: int) -> DurableWrite:
             taking.set()
             assert go_on.wait(60)
-            super().put(path, data)  # type: ignore[arg-type]
+            return super().begin(path, size)
 
     storage = LocalStorage()
     first = Epoch(take_epoch(storage, root, "a", 60), "a")
@@ -80,6 +84,30 @@ def test_whoever_publishes_waits_for_a_takeover_and_then_sees_it(tmp_path: Path)
     takeover.result(60)
     with pytest.raises(SupersededError), publishing(storage, root, first, 60):
         pytest.fail("it may not publish any more")
+
+
+def test_a_takeover_given_up_for_a_slow_disk_does_not_come_back_over_a_later_one(tmp_path: Path) -> None:
+    """Its lock is free again by then."""
+    ops, root = RecordingFileOps(), str(tmp_path)
+    go_on, ended = threading.Event(), threading.Event()
+
+    def slow(real: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            assert go_on.wait(60)
+            real(*arguments)
+        finally:
+            ended.set()
+
+    ops.replace_call("fsync", slow)
+    with pytest.raises(StorageError, match=r"did not answer within 0\.2 s"):
+        take_epoch(StorageInTime(LocalStorage(ops), 0.2), root, "a", 60)
+    assert take_epoch(LocalStorage(), root, "b", 60) == 1
+    go_on.set()
+    assert ended.wait(60)
+    for thread in threading.enumerate():
+        if thread.name.startswith("lastgood-"):
+            thread.join(60)
+    assert read_epoch(LocalStorage(), root) == Epoch(1, "b")
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\xfe", None])
