@@ -38,7 +38,7 @@ class RankPool:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._errors = [tempfile.TemporaryFile() for _ in range(world_size)]  # noqa: SIM115 (closed below)
         environment = _environment(world_size)
-        rendezvous = os.path.join(directory, f"rendezvous-{world_size}")
+        rendezvous = os.path.abspath(os.path.join(directory, f"rendezvous-{world_size}"))
         for rank in range(world_size):
             ours, theirs = multiprocessing.Pipe()
             command = [sys.executable, _WORKER, str(theirs.fileno()), str(rank), str(world_size), rendezvous]

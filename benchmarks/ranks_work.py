@@ -139,11 +139,15 @@ def forget_targets() -> None:
 
 
 def _wait_until_processes_rest() -> None:
+    """Those of all ranks: while one of them still imports, another may get no processor, and only seem to rest."""
     deadline = time.monotonic() + _MOST_SECONDS_UNTIL_REST
     last = -1.0
-    while process_tree.descendants() and time.monotonic() < deadline:
+    while True:
         used = process_tree.cpu_seconds() - time.process_time()
-        if last >= 0 and used - last < _SECONDS_AT_REST:
+        is_late = time.monotonic() > deadline
+        of_all = torch.tensor([0.0 if is_late else used - last if last >= 0 else 1.0])
+        dist.all_reduce(of_all)
+        if of_all.item() < _SECONDS_AT_REST:
             return
         last = used
         time.sleep(1.0)
