@@ -318,7 +318,8 @@ class _Walker:
         if self._pickling and is_dtensor(value):
             raise UnsupportedStateError(
                 f"the tensor at key {path!r} is a DTensor, of which this rank has a part; nothing was written. Save it "
-                "by a checkpointer that is made on all ranks of its mesh, or gather it first (tensor.full_tensor()).",
+                "by a checkpointer that is made on all ranks of its mesh and has lastgood's own writer, or gather it "
+                "first (tensor.full_tensor()).",
                 tensor=path,
             )
         node = OpaqueNode(0, 0, 0, (), type_name(value))

@@ -24,10 +24,13 @@ from lastgood.format.archive import Archive, open_archive
 from lastgood.format.commit import is_named_by, read_manifest
 from lastgood.format.identity import read_identity
 from lastgood.format.manifest import MANIFEST_VERSION, Manifest, ManifestFile, checkpoint_file, manifest_file
+from lastgood.storage._descriptors import allow_descriptors
 from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
 from lastgood.types import STATE_DICT, RankInfo
+
+_OTHER_DESCRIPTORS = 1024
 
 
 class CheckpointReader:
@@ -90,6 +93,8 @@ class CheckpointReader:
     ) -> tuple[STATE_DICT, list[str]]:
         if options.mmap and (state_dict is not None or options.verify_first):
             raise ConfigError("mmap=True maps a file and reads nothing: it goes with neither a target nor verify_first")
+        # A file takes two: one of them goes past the page cache. Where they are too few, opening says so.
+        allow_descriptors(2 * manifest.world_size + _OTHER_DESCRIPTORS)
         with contextlib.ExitStack() as opened, paused_garbage_collection(), _events.phase("read", path):
             archives: dict[int, Archive] = {}
 

@@ -1,7 +1,9 @@
 """Loads of sharded states read what they need and no more, and find damage in whichever rank's file it is."""
 
 import os
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,25 @@ def test_a_load_into_another_layout_reads_just_the_blocks_that_it_needs(pool: Po
     assert pool.ranks(2).call(shared, 4, path, 1) == [every_file, every_file]
     assert pool.ranks(2).call(shared, 2, path, 1) == [[], []]
     assert pool.ranks(2).call(shared, 4, path, 0) == [[], []]
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """How many files this process may have open, until it asks for more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = len(os.listdir("/proc/self/fd")) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, before[1]))
+    yield count
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_one_process_loads_more_files_than_it_may_have_open_by_default(tmp_path: Path, few_descriptors: int) -> None:
+    ranks = few_descriptors + 1
+    mesh, whole = Mesh((ranks,), None, tuple(range(ranks))), torch.arange(float(ranks))
+    states = [{"all": sharded("all", whole, mesh, ("S(0)",), rank)} for rank in range(ranks)]
+    manifest = count(files_of(tmp_path, states))
+    (tmp_path / "manifest.json").write_bytes(encode_manifest(manifest))
+    assert torch.equal(load(tmp_path)["all"], whole)
 
 
 # Damage

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from lastgood import _events
 from lastgood._threads import call_with_timeout
+from lastgood.storage._descriptors import allow_descriptors
 
 Result = TypeVar("Result")
 
@@ -33,27 +34,17 @@ def serve(listener: socket.socket, world_size: int) -> Any:
 
     The socket stays the caller's: another process that has it may serve there when this one has ended.
     """
-    _allow_descriptors(world_size + _OTHER_DESCRIPTORS)
+    # Every rank's connection takes one here.
+    if not allow_descriptors(world_size + _OTHER_DESCRIPTORS):
+        _events.logger.warning(
+            "rank 0 meets its %d ranks by a connection each, and may not have so many files open; raise the hard limit "
+            "(ulimit -Hn)",
+            world_size,
+        )
     port = listener.getsockname()[1]
     return dist.TCPStore(  # type: ignore[attr-defined]
         _HERE, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
     )
-
-
-def _allow_descriptors(count: int) -> None:
-    """Every rank's connection takes one here; what the system allows this process by default may be too few."""
-    import resource  # not on every platform that torch is on
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY
-    if soft == unlimited or soft >= count:
-        return
-    allowed = count if hard == unlimited else min(count, hard)
-    if allowed < count:
-        _events.logger.warning(
-            "rank 0 may have %d files open, and meets its ranks by a connection each; raise the limit (ulimit -n)", hard
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 class Connection:

@@ -1,4 +1,4 @@
-"""File descriptors that several threads use at once."""
+"""File descriptors: how many a process may have, and those that several threads use at once."""
 
 import contextlib
 import threading
@@ -7,6 +7,21 @@ from contextlib import contextmanager
 
 from lastgood.errors import ConfigError
 from lastgood.storage.file_ops import FileOps
+
+
+def allow_descriptors(count: int) -> bool:
+    """Raise what the system allows this process by default to ``count``; returns whether it lets it have so many."""
+    try:
+        import resource  # not on every platform that torch is on
+    except ImportError:
+        return True
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= count:
+        return True
+    allowed = count if hard == unlimited else min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+    return allowed >= count
 
 
 class SharedDescriptors:
