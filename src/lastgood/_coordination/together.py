@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from datetime import timedelta
 from typing import Any
 
 import msgspec
@@ -20,15 +19,17 @@ from lastgood._coordination.connection import (
     StoreUnreachableError,
     serve,
 )
+from lastgood._coordination.counting import count_votes, publish_counted
 from lastgood._coordination.departures import departed_of, has_any_departed, say_departed
+from lastgood._coordination.exchange import RANK_0_IS_GONE, Exchange, save_prefix
 from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, rank_list
-from lastgood._coordination.tables import forget_tables, send_tables, table_key
+from lastgood._coordination.tables import send_tables
 from lastgood.errors import BarrierTimeoutError, ConfigError, CorruptCheckpointError, LastgoodError, StorageError
 from lastgood.format.archive import open_archive
 from lastgood.format.commit import read_manifest
 from lastgood.format.epoch import Epoch, check_epoch, publishing
-from lastgood.format.manifest import checkpoint_file, encode_manifest, manifest_file
-from lastgood.format.vote import Ballot, ballot_of, replica_tables_of, tally
+from lastgood.format.manifest import checkpoint_file
+from lastgood.format.vote import Ballot, ballot_of
 from lastgood.storage.base import StorageBackend
 
 ReplicaChecksums = Callable[[], Sequence[int]]
@@ -36,10 +37,8 @@ ReplicaChecksums = Callable[[], Sequence[int]]
 
 _FAREWELL_SECS = 5.0
 _LOOK_AGAIN_SECS = 2.0
-_VOTES_AT_ONCE = 512
 _SAVES_REMEMBERED = 64
 _GIVEN_UP = "given up"
-_RANK_0_IS_GONE = "; rank 0's checkpoint process, or rank 0 itself, has ended or is cut off"
 
 
 class Coordinator:
@@ -54,7 +53,7 @@ class Coordinator:
             coordination.host, coordination.port, served_here=coordination.listener is not None
         )
         self._former: deque[str] = deque(maxlen=_SAVES_REMEMBERED)
-        self._checksum_tables: list[str] = []
+        self._checksum_tables: set[str] = set()
         self._last: SaveTogether | None = None
 
     def save(self, call: SaveCall | None, path: str, storage: StorageBackend) -> "SaveTogether":
@@ -108,12 +107,12 @@ class SaveTogether:
         storage: StorageBackend,
         timeout_secs: float,
         former: deque[str],
-        checksum_tables: list[str],
+        checksum_tables: set[str],
     ) -> None:
         self._checksum_tables = checksum_tables
         self.save_id = call.save_id
         self._rank, self._world_size = coordination.rank, coordination.world_size
-        self._connection = connection
+        self._exchange = Exchange(connection, call.save_id, path, self._rank, self._world_size, timeout_secs)
         self._job = coordination.job
         self._call = call
         self._epoch = call.epoch
@@ -126,7 +125,6 @@ class SaveTogether:
         """Whether the others know how it ended, as far as that is up to this rank."""
         self._has_heard = False
         self._is_open = False
-        self._is_cut_off = False
         self._is_over = False
 
     # Up to the vote
@@ -143,17 +141,14 @@ class SaveTogether:
         check_epoch(self._storage, self._root, self._epoch)
         self._open()
         opening = msgspec.json.encode(self._epoch).decode()
-        self._ask(lambda store: store.set(self._key("opened"), opening), ANSWER_SECS)
+        self._exchange.ask(lambda store: store.set(self._exchange.key("opened"), opening), ANSWER_SECS)
 
     def _open(self) -> None:
         if self._is_open:
             return
-        try:
-            self._connection.open(self._timeout_secs)
-        except StoreUnreachableError as error:
-            raise self._broken(error) from error
+        self._exchange.open(self._timeout_secs)
         self._is_open = True
-        self._ask(self._tell_former_failures, self._timeout_secs)
+        self._exchange.ask(self._tell_former_failures)
 
     def _tell_former_failures(self, store: Any) -> None:
         for save_id, reason in self._call.failed:
@@ -169,11 +164,11 @@ class SaveTogether:
 
     def _wait_for_epoch(self) -> Epoch:
         self._open()
-        opened = self._key("opened")
-        if not self._came(opened, self._timeout_secs):
+        opened = self._exchange.key("opened")
+        if not self._exchange.came(opened):
             self._give_up(Outcome(f"rank {self._rank} waited {self._timeout_secs:g} s for rank 0 to begin", (0,)))
             self._raise_unless_all_came()
-        found = self._ask(lambda store: store.get(opened), ANSWER_SECS)
+        found = self._exchange.ask(lambda store: store.get(opened), ANSWER_SECS)
         if found == _GIVEN_UP.encode():
             self._raise_unless_all_came()
         return msgspec.json.decode(found, type=Epoch)
@@ -189,7 +184,7 @@ class SaveTogether:
             self._wait_for_all()
         except BarrierTimeoutError:
             # Rank 0 may have had this vote, with all others, and have committed before it was lost.
-            if not (self._is_cut_off and self._is_committed()):
+            if not (self._exchange.is_cut_off and self._is_committed()):
                 raise
             self._is_over = True
 
@@ -203,10 +198,10 @@ class SaveTogether:
     def _cast(self, ballot: Ballot) -> None:
         def put(store: Any) -> int:
             send_tables(store, self._rank, ballot.tables)
-            store.set(self._key("vote", self._rank), ballot.vote)
-            return self._meeting(store).arrive()
+            store.set(self._exchange.key("vote", self._rank), ballot.vote)
+            return self._exchange.meeting(store).arrive()
 
-        number = self._ask(put, self._timeout_secs)
+        number = self._exchange.ask(put)
         if number == 0:
             raise ConfigError(
                 f"rank {self._rank} has voted in this save of {self._path} before: another process runs as the same "
@@ -217,46 +212,46 @@ class SaveTogether:
                 phase="vote",
             )
         if number == self._world_size:
-            self._ask(lambda store: self._meeting(store).decide(ALL_CAME), ANSWER_SECS)
+            self._exchange.ask(lambda store: self._exchange.meeting(store).decide(ALL_CAME), ANSWER_SECS)
 
     def _wait_for_all(self) -> None:
         if not self._was_decided_in_time():
-            missing = self._ask(lambda store: self._meeting(store).missing(), self._timeout_secs)
+            missing = self._exchange.ask(lambda store: self._exchange.meeting(store).missing())
             # If none is: the last one came this very moment, or ended before it could say so.
             waited = f"rank {self._rank} waited {self._timeout_secs:g} s for {rank_list(missing)}"
             self._give_up(Outcome(waited, missing) if missing else ALL_CAME)
         self._raise_unless_all_came()
-        self._ask(self._forget_former, self._timeout_secs)
+        self._exchange.ask(self._forget_former)
 
     def _was_decided_in_time(self) -> bool:
         """Wait for the votes of all ranks; one whose trainer has ended without asking for this save decides it."""
         deadline = time.monotonic() + self._timeout_secs
         while (left := deadline - time.monotonic()) > 0:
-            if self._came(self._key("decided"), min(left, _LOOK_AGAIN_SECS)):
+            if self._exchange.came(self._exchange.key("decided"), min(left, _LOOK_AGAIN_SECS)):
                 return True
-            departed = self._ask(self._departed_without_vote, ANSWER_SECS)
+            departed = self._exchange.ask(self._departed_without_vote, ANSWER_SECS)
             if departed:
                 self._give_up(Outcome(f"{rank_list(departed)} ended, and had not asked for this save", departed))
         return False
 
     def _departed_without_vote(self, store: Any) -> tuple[int, ...]:
         # In this order: whoever is found to have departed first, and then to be missing, votes no more.
-        departed = departed_of(store, self._meeting(store).missing()) if has_any_departed(store) else ()
-        still_missing = set(self._meeting(store).missing()) if departed else set()
+        departed = departed_of(store, self._exchange.meeting(store).missing()) if has_any_departed(store) else ()
+        still_missing = set(self._exchange.meeting(store).missing()) if departed else set()
         return tuple(rank for rank in departed if rank in still_missing)
 
     def _raise_unless_all_came(self) -> None:
-        outcome = self._ask(lambda store: self._meeting(store).outcome(), ANSWER_SECS)
+        outcome = self._exchange.ask(lambda store: self._exchange.meeting(store).outcome(), ANSWER_SECS)
         if outcome.reason is not None:
             self._is_told = True
             self._hear()
-            raise self._error(outcome.reason, outcome.missing)
+            raise self._exchange.error(outcome.reason, outcome.missing)
 
     def _forget_former(self, store: Any) -> None:
         """All have voted in this save: they are done with those before it."""
         while self._former:
             save_id = self._former.popleft()
-            meeting = Meeting(store, _save(save_id), self._rank, self._world_size)
+            meeting = Meeting(store, save_prefix(save_id), self._rank, self._world_size)
             meeting.forget()
             store.delete_key(meeting.key("vote", self._rank))
             if self._rank == 0:
@@ -277,66 +272,29 @@ class SaveTogether:
 
     def _publish_manifest(self) -> None:
         assert self._epoch is not None, "rank 0 has begun the save"
-        votes = self._collect_votes()
-        manifest = tally(votes, self._fetch_table, self.save_id)
-        self._forget_checksums(replica_tables_of(votes))
-        data = encode_manifest(manifest)
-        upload = self._storage.begin(manifest_file(self._path), len(data))
-        try:
-            upload.write_at(0, memoryview(data))
-            # What may take long, and be given up while it goes on, comes before the lock that shuts out other jobs.
-            upload.make_durable()
-            with publishing(self._storage, self._root, self._epoch, self._timeout_secs):
-                upload.commit(replace=False)
-        except BaseException:
-            upload.abort()
-            raise
+        manifest = count_votes(self._exchange, self._world_size, self.save_id, self._checksum_tables)
+        publish_counted(self._storage, self._root, self._path, manifest, self._epoch, self._timeout_secs)
         # It is committed, whether or not the others can be told: they look for the manifest themselves then.
         self._is_told = True
         with contextlib.suppress(BarrierTimeoutError):
-            self._ask(lambda store: self._tell_result(store, ALL_CAME), ANSWER_SECS)
-
-    def _forget_checksums(self, current: set[str]) -> None:
-        """Remove the tables of checksums of the save before, now that every rank has voted in this one.
-
-        Those of layouts stay: they are the same from save to save.
-        """
-        outdated, self._checksum_tables[:] = set(self._checksum_tables) - current, current
-
-        with contextlib.suppress(BarrierTimeoutError):
-            self._ask(lambda store: forget_tables(store, outdated), self._timeout_secs)
-
-    def _collect_votes(self) -> list[bytes]:
-        keys = [self._key("vote", rank) for rank in range(self._world_size)]
-        votes: list[bytes] = []
-        for first in range(0, self._world_size, _VOTES_AT_ONCE):
-            votes += self._get_several(keys[first : first + _VOTES_AT_ONCE])
-        return votes
-
-    def _get_several(self, keys: list[str]) -> list[bytes]:
-        values: list[bytes] = self._ask(lambda store: store.multi_get(keys), self._timeout_secs)
-        return values
-
-    def _fetch_table(self, digest: str) -> bytes:
-        table: bytes = self._ask(lambda store: store.get(table_key(digest)), self._timeout_secs)
-        return table
+            self._exchange.ask(lambda store: self._tell_result(store, ALL_CAME), ANSWER_SECS)
 
     def _wait_for_manifest(self) -> None:
-        result = self._key("result")
+        result = self._exchange.key("result")
         was_heard = False
         try:
-            if self._came(result, self._timeout_secs):
-                outcome = Outcome.decode(self._ask(lambda store: store.get(result), ANSWER_SECS))
+            if self._exchange.came(result):
+                outcome = Outcome.decode(self._exchange.ask(lambda store: store.get(result), ANSWER_SECS))
                 was_heard = True
                 self._hear()
             else:
                 outcome = Outcome(f"rank 0 had all votes, and has not committed within {self._timeout_secs:g} s", (0,))
         except BarrierTimeoutError as error:
-            outcome = Outcome(f"{error.__cause__}{_RANK_0_IS_GONE}", (0,))
+            outcome = Outcome(f"{error.__cause__}{RANK_0_IS_GONE}", (0,))
         self._is_told = True
         # What rank 0 says counts: it may have published, and not know whether that survives a power cut.
         if outcome.reason is not None and (was_heard or not self._is_committed()):
-            raise self._error(outcome.reason, outcome.missing)
+            raise self._exchange.error(outcome.reason, outcome.missing)
 
     def _is_committed(self) -> bool:
         """Whether the manifest is there. Only rank 0 can say more, and it does not."""
@@ -350,23 +308,23 @@ class SaveTogether:
 
     def give_up(self, error: BaseException) -> None:
         """This rank's part has failed: tell the others, unless they know. Takes seconds at most, and never raises."""
-        if self._is_told:
+        if self._is_told or self._exchange.is_cut_off:
             return
         try:
-            self._connection.open(ANSWER_SECS)
+            self._exchange.open(ANSWER_SECS)
             self._is_open = True
             self._give_up(given_up_by(self._rank, error))
             self._hear()
-        except (StoreUnreachableError, LastgoodError) as failure:
+        except LastgoodError as failure:
             _events.logger.warning(
                 "could not tell the other ranks that the save to %s failed here (%s)", self._path, failure
             )
 
     def _give_up(self, outcome: Outcome) -> None:
-        self._ask(lambda store: give_up_in(store, self.save_id, outcome, self), ANSWER_SECS)
+        self._exchange.ask(lambda store: give_up_in(store, self.save_id, outcome, self), ANSWER_SECS)
 
     def _tell_result(self, store: Any, outcome: Outcome) -> None:
-        store.set(self._key("result"), outcome.encode())
+        store.set(self._exchange.key("result"), outcome.encode())
 
     def tell_all(self, store: Any, outcome: Outcome) -> None:
         """For rank 0, after all have voted: the others wait for what it says last."""
@@ -379,54 +337,16 @@ class SaveTogether:
             return
         self._has_heard = True
         with contextlib.suppress(BarrierTimeoutError):
-            self._ask(lambda store: hear_in(store, self.save_id, self._world_size), ANSWER_SECS)
+            self._exchange.ask(lambda store: hear_in(store, self.save_id, self._world_size), ANSWER_SECS)
 
     def wait_until_all_know(self) -> None:
         """For rank 0, whose store the others are reading; a moment at most."""
         if self._rank != 0 or not self._is_open or self._world_size == 1:
             return
         with contextlib.suppress(BarrierTimeoutError):
-            self._came(self._key("all heard"), _FAREWELL_SECS)
+            self._exchange.came(self._exchange.key("all heard"), _FAREWELL_SECS)
 
     # Words
-
-    def _ask(self, use: Callable[[Any], Any], timeout_secs: float) -> Any:
-        try:
-            return self._connection.call(use, timeout_secs)
-        except (StoreUnreachableError, StoreTimeoutError) as error:
-            raise self._broken(error) from error
-
-    def _came(self, key: str, timeout_secs: float) -> bool:
-        """Wait until something is in the store; whether it came in time."""
-        try:
-            self._connection.call(lambda store: store.wait([key], timedelta(seconds=timeout_secs)), timeout_secs)
-        except StoreTimeoutError:
-            return False
-        except StoreUnreachableError as error:
-            raise self._broken(error) from error
-        return True
-
-    def _meeting(self, store: Any) -> Meeting:
-        return Meeting(store, _save(self.save_id), self._rank, self._world_size)
-
-    def _key(self, *what: object) -> str:
-        return "/".join(map(str, (_save(self.save_id), *what)))
-
-    def _broken(self, error: StoreUnreachableError | StoreTimeoutError) -> BarrierTimeoutError:
-        self._is_told = self._is_cut_off = True  # nobody can be told anything now
-        return self._error(f"{error}{_RANK_0_IS_GONE}", (0,))
-
-    def _error(self, reason: str, missing: tuple[int, ...]) -> BarrierTimeoutError:
-        where = f" Look at the log of {rank_list(missing)}." if missing and missing != (self._rank,) else ""
-        return BarrierTimeoutError(
-            f"rank {self._rank} could not commit the checkpoint {self._path} of {self._world_size} ranks with the "
-            f"others: {reason.rstrip('.')}. The checkpoint is not committed, unless its manifest is there; "
-            f"earlier ones are untouched.{where}",
-            missing_ranks=missing,
-            path=self._path,
-            rank=self._rank,
-            phase="commit",
-        )
 
     def _not_mine(self) -> CorruptCheckpointError:
         name = os.path.join(self._path, os.path.basename(checkpoint_file("", self._rank)))
@@ -446,7 +366,7 @@ def given_up_by(rank: int, error: BaseException) -> Outcome:
 
 def give_up_in(store: Any, save_id: str, outcome: Outcome, save: SaveTogether | None = None) -> None:
     """End a save for all ranks that have not been told another outcome, wherever they wait."""
-    meeting = Meeting(store, _save(save_id), 0, 0)
+    meeting = Meeting(store, save_prefix(save_id), 0, 0)
     meeting.decide(outcome)
     if outcome.reason is not None and not store.check([meeting.key("opened")]):
         store.set(meeting.key("opened"), _GIVEN_UP)
@@ -456,14 +376,10 @@ def give_up_in(store: Any, save_id: str, outcome: Outcome, save: SaveTogether | 
 
 def hear_in(store: Any, save_id: str, world_size: int) -> None:
     """Count one rank, other than rank 0, that knows how a save ended; rank 0 may leave when all do."""
-    if int(store.add(f"{_save(save_id)}/heard", 1)) == world_size - 1:
-        store.set(f"{_save(save_id)}/all heard", "1")
+    if int(store.add(f"{save_prefix(save_id)}/heard", 1)) == world_size - 1:
+        store.set(f"{save_prefix(save_id)}/all heard", "1")
 
 
 def is_decided_in(store: Any, save_id: str) -> bool:
     """Whether all ranks know, or can know, how the votes for a save ended."""
-    return Meeting(store, _save(save_id), 0, 0).is_decided
-
-
-def _save(save_id: str) -> str:
-    return f"save/{save_id}"
+    return Meeting(store, save_prefix(save_id), 0, 0).is_decided

@@ -15,7 +15,9 @@ from tests.helpers.saves import assert_state, contents, read, state_of, temporar
 from tests.storage.recording import RecordingFileOps
 from tests.unit.coordination.ranks_here import Ranks, coordinations
 
+from lastgood._coordination import together
 from lastgood._coordination.calls import SaveCalls
+from lastgood._coordination.counting import count_votes
 from lastgood._coordination.together import Coordinator, SaveTogether
 from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from lastgood.errors import (
@@ -270,7 +272,7 @@ def test_when_rank_0_is_lost_after_the_last_vote_the_manifest_says_how_it_ended(
             save._is_told = True
             publish(save)
         ranks.writers[0]._coordinator._server = None
-        save._connection.close()
+        save._exchange._connection.close()
         raise SystemError("rank 0 died")
 
     publish = SaveTogether._publish_manifest
@@ -369,13 +371,12 @@ def test_hazard_29_a_job_that_was_replaced_after_its_last_vote_does_not_commit(
     make_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = make_ranks()
-    count = SaveTogether._collect_votes
 
-    def replace_and_count(save: SaveTogether) -> list[bytes]:
+    def replace_and_count(*arguments: Any) -> Any:
         take_epoch(LocalStorage(), str(tmp_path), "the job that came after", 60)
-        return count(save)
+        return count_votes(*arguments)
 
-    monkeypatch.setattr(SaveTogether, "_collect_votes", replace_and_count)
+    monkeypatch.setattr(together, "count_votes", replace_and_count)
     errors = ranks.save(tmp_path / "step-1", 1)
     assert isinstance(errors[0], SupersededError)
     assert all("another job has taken over" in str(error) for error in errors)

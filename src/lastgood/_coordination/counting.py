@@ -1,0 +1,69 @@
+"""Rank 0 counts the votes of a save and publishes the manifest."""
+
+import contextlib
+from collections.abc import Iterable
+
+from lastgood._coordination.exchange import Exchange
+from lastgood._coordination.tables import forget_tables, table_key
+from lastgood.errors import BarrierTimeoutError
+from lastgood.format.epoch import Epoch, publishing
+from lastgood.format.manifest import Manifest, encode_manifest, manifest_file
+from lastgood.format.vote import replica_tables_of, tally
+from lastgood.storage.base import StorageBackend
+
+_VOTES_AT_ONCE = 512
+
+
+def count_votes(exchange: Exchange, world_size: int, save_id: str, checksum_tables: set[str]) -> Manifest:
+    """The manifest that follows from the votes; all ranks have cast theirs.
+
+    ``checksum_tables`` are the tables of checksums of the save before. Nothing refers to them any more, and the store
+    loses them; in their place come those of this save. (Tables of layouts stay: they are the same from save to save.)
+    """
+    votes = _collect_votes(exchange, world_size)
+    manifest = tally(votes, lambda digest: _fetch_table(exchange, digest), save_id)
+    current = replica_tables_of(votes)
+    _forget(exchange, checksum_tables - current)
+    checksum_tables.clear()
+    checksum_tables.update(current)
+    return manifest
+
+
+def publish_counted(
+    storage: StorageBackend, root: str, path: str, manifest: Manifest, epoch: Epoch, timeout_secs: float
+) -> None:
+    """Commit the checkpoint, unless another job has taken over."""
+    data = encode_manifest(manifest)
+    upload = storage.begin(manifest_file(path), len(data))
+    try:
+        upload.write_at(0, memoryview(data))
+        # What may take long, and be given up while it goes on, comes before the lock that shuts out other jobs.
+        upload.make_durable()
+        with publishing(storage, root, epoch, timeout_secs):
+            upload.commit(replace=False)
+    except BaseException:
+        upload.abort()
+        raise
+
+
+def _forget(exchange: Exchange, tables: Iterable[str]) -> None:
+    with contextlib.suppress(BarrierTimeoutError):
+        exchange.ask(lambda store: forget_tables(store, tables))
+
+
+def _collect_votes(exchange: Exchange, world_size: int) -> list[bytes]:
+    keys = [exchange.key("vote", rank) for rank in range(world_size)]
+    votes: list[bytes] = []
+    for first in range(0, world_size, _VOTES_AT_ONCE):
+        votes += _get_several(exchange, keys[first : first + _VOTES_AT_ONCE])
+    return votes
+
+
+def _get_several(exchange: Exchange, keys: list[str]) -> list[bytes]:
+    values: list[bytes] = exchange.ask(lambda store: store.multi_get(keys))
+    return values
+
+
+def _fetch_table(exchange: Exchange, digest: str) -> bytes:
+    table: bytes = exchange.ask(lambda store: store.get(table_key(digest)))
+    return table
