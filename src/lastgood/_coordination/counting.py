@@ -8,24 +8,24 @@ from lastgood._coordination.tables import forget_tables, table_key
 from lastgood.errors import BarrierTimeoutError
 from lastgood.format.epoch import Epoch, publishing
 from lastgood.format.manifest import Manifest, encode_manifest, manifest_file
-from lastgood.format.vote import replica_tables_of, tally
+from lastgood.format.vote import tables_of, tally
 from lastgood.storage.base import StorageBackend
 
 _VOTES_AT_ONCE = 512
 
 
-def count_votes(exchange: Exchange, world_size: int, save_id: str, checksum_tables: set[str]) -> Manifest:
+def count_votes(exchange: Exchange, world_size: int, save_id: str, tables: set[str]) -> Manifest:
     """The manifest that follows from the votes; all ranks have cast theirs.
 
-    ``checksum_tables`` are the tables of checksums of the save before. Nothing refers to them any more, and the store
-    loses them; in their place come those of this save. (Tables of layouts stay: they are the same from save to save.)
+    ``tables`` are those of the save before; in their place come those of this save. What is not among these the store
+    loses: nobody votes in another save before this one's manifest is there.
     """
     votes = _collect_votes(exchange, world_size)
     manifest = tally(votes, lambda digest: _fetch_table(exchange, digest), save_id)
-    current = replica_tables_of(votes)
-    _forget(exchange, checksum_tables - current)
-    checksum_tables.clear()
-    checksum_tables.update(current)
+    current = tables_of(votes)
+    _forget(exchange, tables - current)
+    tables.clear()
+    tables.update(current)
     return manifest
 
 

@@ -53,7 +53,7 @@ class Coordinator:
             coordination.host, coordination.port, served_here=coordination.listener is not None
         )
         self._former: deque[str] = deque(maxlen=_SAVES_REMEMBERED)
-        self._checksum_tables: set[str] = set()
+        self._tables: set[str] = set()
         self._last: SaveTogether | None = None
 
     def save(self, call: SaveCall | None, path: str, storage: StorageBackend) -> "SaveTogether":
@@ -68,7 +68,7 @@ class Coordinator:
             storage,
             self._timeout_secs,
             self._former,
-            self._checksum_tables,
+            self._tables,
         )
         return self._last
 
@@ -107,9 +107,9 @@ class SaveTogether:
         storage: StorageBackend,
         timeout_secs: float,
         former: deque[str],
-        checksum_tables: set[str],
+        tables: set[str],
     ) -> None:
-        self._checksum_tables = checksum_tables
+        self._tables = tables
         self.save_id = call.save_id
         self._rank, self._world_size = coordination.rank, coordination.world_size
         self._exchange = Exchange(connection, call.save_id, path, self._rank, self._world_size, timeout_secs)
@@ -272,7 +272,7 @@ class SaveTogether:
 
     def _publish_manifest(self) -> None:
         assert self._epoch is not None, "rank 0 has begun the save"
-        manifest = count_votes(self._exchange, self._world_size, self.save_id, self._checksum_tables)
+        manifest = count_votes(self._exchange, self._world_size, self.save_id, self._tables)
         publish_counted(self._storage, self._root, self._path, manifest, self._epoch, self._timeout_secs)
         # It is committed, whether or not the others can be told: they look for the manifest themselves then.
         self._is_told = True

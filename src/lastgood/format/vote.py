@@ -184,9 +184,11 @@ def tally(votes: Sequence[bytes], fetch: Callable[[str], bytes], save_id: str | 
     )
 
 
-def replica_tables_of(votes: Sequence[bytes]) -> set[str]:
-    """The digests of the tables of checksums that these votes refer to: other ones in every save."""
-    return {digest for vote in votes if (digest := msgspec.json.decode(vote, type=Vote).replicas)}
+def tables_of(votes: Sequence[bytes]) -> set[str]:
+    """The digests of the tables that these votes refer to: of layouts, most often those of the save before, and of
+    checksums, other ones in every save."""
+    decoded = [msgspec.json.decode(vote, type=Vote) for vote in votes]
+    return {digest for vote in decoded for digest in (*vote.layouts, vote.replicas) if digest}
 
 
 def not_of_this_save(path: str, rank: int) -> CorruptCheckpointError:

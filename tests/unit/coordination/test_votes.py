@@ -131,6 +131,22 @@ def test_tables_are_sent_by_one_rank_and_those_of_checksums_go_with_the_next_sav
         ranks.close()
 
 
+def test_layouts_that_change_at_every_save_leave_nothing_in_the_store(tmp_path: Path) -> None:
+    ranks = Ranks(2, replicated=["model.*"])
+    try:
+        store, sizes = watcher(ranks), []
+        for step in range(4):
+            saves = [
+                start(writer.write, str(tmp_path / f"step-{step}"), {"model": {"weights": torch.zeros(9 + step)}})
+                for writer in ranks.writers
+            ]
+            assert finished(saves) == [None] * 2
+            sizes.append(store.num_keys())
+        assert sizes[1:] == [sizes[1]] * 3
+    finally:
+        ranks.close()
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_hazard_26_a_rank_that_fails_ends_the_save_of_all_with_its_reason(
     make_ranks: Any, tmp_path: Path, failing: int
