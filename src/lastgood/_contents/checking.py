@@ -12,7 +12,7 @@ from lastgood._threads import run_all
 from lastgood.errors import CorruptCheckpointError, UnsafeCheckpointError
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.nodes import Node, ShardedNode, TensorNode, walk_paths
+from lastgood.format.nodes import first_paths
 from lastgood.format.read_plan import DirectRead, Read, WholeRead, plan_whole
 from lastgood.format.spec import BLOCK_SIZE, block_count, crc32
 from lastgood.storage._direct_io import aligned_buffer
@@ -126,18 +126,6 @@ class _ArchiveCheck:
                 f"{what} does not match its checksum between the bytes {start} and {end} of the file{how_many}",
                 path,
             )
-
-
-def first_paths(root: Node) -> dict[int, str]:
-    """The key path of the first tensor on each storage; for a part of a spread tensor, that of the tensor."""
-    paths: dict[int, str] = {}
-    whole: dict[int, str] = {}
-    for path, node in walk_paths(root):
-        if isinstance(node, ShardedNode):
-            whole |= {id(part): path for part in node.items}
-        if isinstance(node, TensorNode):
-            paths.setdefault(node.storage, whole.get(id(node), path))
-    return paths
 
 
 def verify_torch_file(file: StoredFile, findings: Findings) -> None:

@@ -18,7 +18,7 @@ from lastgood._memory import address_of, memory_at
 from lastgood._staging.plan import Taken
 from lastgood._torch_internals import version_of
 from lastgood.errors import TornSnapshotError
-from lastgood.format.nodes import TensorNode, walk_paths
+from lastgood.format.nodes import first_paths
 from lastgood.format.spec import crc32
 
 SAMPLES = 16
@@ -80,9 +80,7 @@ class Witnesses:
             raise self._torn(number)
 
     def _torn(self, number: int) -> TornSnapshotError:
-        root = self._taken.plan.index.root
-        names = [path for path, node in walk_paths(root) if isinstance(node, TensorNode) and node.storage == number]
-        name = names[0] if names else f"storage {number}"
+        name = first_paths(self._taken.plan.index.root).get(number, f"storage {number}")
         return TornSnapshotError(
             f"the tensor {name!r} changed after save was called and before it was copied; the snapshot was thrown "
             "away, nothing of it is published, earlier checkpoints are untouched. Optimizers' steps wait by "

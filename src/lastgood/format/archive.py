@@ -16,7 +16,7 @@ from lastgood.format.image import (
     plan_layout,
 )
 from lastgood.format.index import Index, InvalidIndexError, decode_index
-from lastgood.format.nodes import Node, OpaqueNode, ShardedNode, TensorNode, walk_nodes, walk_paths
+from lastgood.format.nodes import Node, OpaqueNode, first_paths, walk_nodes
 from lastgood.format.spec import STORAGE_RECORD_PREFIX, block_count, crc32
 from lastgood.format.stream import join_block_crcs
 from lastgood.storage.base import StoredFile
@@ -79,10 +79,9 @@ class Archive:
         if not name.startswith(STORAGE_RECORD_PREFIX):
             return f"the record {name}", None
         storage = int(name.removeprefix(STORAGE_RECORD_PREFIX))
-        for path, node in walk_paths(self.index.root, into_shards=False):
-            tensors = node.items if isinstance(node, ShardedNode) else [node]
-            if any(isinstance(tensor, TensorNode) and tensor.storage == storage for tensor in tensors):
-                return f"the tensor at key {path!r} (record {name})", path
+        path = first_paths(self.index.root).get(storage)
+        if path is not None:
+            return f"the tensor at key {path!r} (record {name})", path
         return f"a value that only the pickle describes (record {name})", None
 
 

@@ -361,6 +361,18 @@ def sharded_nodes(root: Node) -> Iterator[tuple[str, ShardedNode]]:
             yield path, node
 
 
+def first_paths(root: Node) -> dict[int, str]:
+    """The key path of the first tensor on each storage; for a part of a spread tensor, that of the tensor."""
+    paths: dict[int, str] = {}
+    whole: dict[int, str] = {}
+    for path, node in walk_paths(root):
+        if isinstance(node, ShardedNode):
+            whole |= {id(part): path for part in node.items}
+        if isinstance(node, TensorNode):
+            paths.setdefault(node.storage, whole.get(id(node), path))
+    return paths
+
+
 def parts_of(node: ShardedNode) -> Iterator[tuple[Box, TensorNode]]:
     """The parts of a tensor that one file holds, as boxes of the whole tensor, each with its tensor."""
     for offsets, part in zip(node.offsets, node.items, strict=True):
