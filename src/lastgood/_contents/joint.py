@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lastgood._contents.model import Contents, FileContents
-from lastgood._contents.reading import References
 from lastgood.format.manifest import Manifest
 from lastgood.format.nodes import (
     DictNode,
@@ -21,6 +20,7 @@ from lastgood.format.nodes import (
     walk_leaves,
     walk_nodes,
 )
+from lastgood.format.references import References
 from lastgood.format.vote import group_of
 
 _MAPPINGS = (DictNode, MapNode, OrderedDictNode)

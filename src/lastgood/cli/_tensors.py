@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from lastgood._contents.model import FileContents
-from lastgood._contents.reading import References, describe_archive, local_storage, open_file
+from lastgood._contents.reading import describe_archive, local_storage, open_file
 from lastgood._contents.torch_files import describe_torch_file
 from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data, read_parts
 from lastgood._memory import bytes_at, memory_at, paused_garbage_collection
@@ -20,6 +20,7 @@ from lastgood.format.index import InvalidIndexError
 from lastgood.format.mesh import Box
 from lastgood.format.nodes import Node, OpaqueNode, ShardedNode, TensorNode, keyed_children, walk_nodes
 from lastgood.format.read_plan import PIECE_SIZE, RUN_GAP, RUN_SIZE, Request
+from lastgood.format.references import References
 from lastgood.format.spec import BLOCK_SIZE, DTYPES, crc32
 from lastgood.format.stream import native_byteorder
 from lastgood.storage._direct_io import aligned_buffer

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lastgood._contents import FileContents
-from lastgood._contents.reading import References
 from lastgood._contents.shown import json_value, kind_name, placement_text, show_value
 from lastgood.format.mesh import Box, Mesh
 from lastgood.format.nodes import (
@@ -19,6 +18,7 @@ from lastgood.format.nodes import (
     keyed_children,
     parts_of,
 )
+from lastgood.format.references import References
 from lastgood.format.spec import DTYPES
 
 MOST_ROWS = 300

@@ -17,6 +17,7 @@ from lastgood.format.image import (
 )
 from lastgood.format.index import Index, InvalidIndexError, decode_index
 from lastgood.format.nodes import Node, OpaqueNode, first_paths, walk_nodes
+from lastgood.format.references import References
 from lastgood.format.spec import STORAGE_RECORD_PREFIX, block_count, crc32
 from lastgood.format.stream import join_block_crcs
 from lastgood.storage.base import StoredFile
@@ -37,6 +38,11 @@ class Archive:
     def nodes(self) -> list[Node]:
         """All nodes of the index, a container before what it holds."""
         return [node for node, _ in walk_nodes(self.index.root)]
+
+    @cached_property
+    def references(self) -> References:
+        """What references in the index lead to."""
+        return References(self.index.root)
 
     @cached_property
     def opaque_nodes(self) -> list[OpaqueNode]:

@@ -265,12 +265,14 @@ def walk_paths(root: Node, path: str = "", *, into_shards: bool = True) -> Itera
 
 
 def keyed_children(node: Node) -> Iterator[tuple[Any, Node]]:
-    """The values directly inside a container with their keys: strings of a dict, printed keys of a map, positions."""
+    """The values directly inside a container with their keys: strings of a dict, positions; of a map, what is no string
+    or number as it stands in the index."""
     if isinstance(node, DictNode):
         yield from node.items.items()
     elif isinstance(node, (MapNode, OrderedDictNode)):
         for key, value in node.items:
-            yield (key if isinstance(key, (str, int, float, bool)) else repr(key)), value
+            plain = key is None or isinstance(key, (str, int, float))
+            yield (key if plain else encode_node(key).decode()), value
     elif isinstance(node, (ListNode, TupleNode, ShardedNode, SetNode)):
         yield from ((list_position(number), value) for number, value in enumerate(node.items))
 

@@ -21,6 +21,7 @@ from lastgood.format.nodes import (
     CONTAINERS,
     Node,
     OpaqueNode,
+    ReferenceNode,
     ShardedNode,
     TensorNode,
     encode_node,
@@ -151,6 +152,9 @@ def content_of(node: Node, archive: Archive) -> bytes:
         return _encoder.encode((node.dtype, node.offset, node.shape, node.stride, node.flags, crc))
     if isinstance(node, OpaqueNode):
         return b"%d" % archive.index.rank
+    if isinstance(node, ReferenceNode):
+        # Not its number: parts of spread tensors are counted too, and each rank has other ones.
+        return b"reference to " + archive.references.first_path(node).encode("utf-8", "surrogatepass")
     if isinstance(node, CONTAINERS):
         return b"%s of %d" % (type(node).__name__.encode(), len(node.items))
     return encode_node(node)

@@ -366,3 +366,19 @@ def test_whoever_writes_and_whoever_counts_call_a_tensor_the_same(tmp_path: Path
         (piece,) = pieces_within(manifest.layout(tensor), whole(tensor.shape))
         found = [held_in(file, tensor.name) for file in files]
         assert found == [[piece.box] if rank == piece.rank else [] for rank in range(5)]
+
+
+def test_what_stands_under_two_keys_is_the_same_on_ranks_that_hold_other_numbers_of_parts(tmp_path: Path) -> None:
+    """Objects are numbered, and so are the parts of spread tensors: rank 1 holds none of the one row."""
+    shared, mesh = torch.ones(2), Mesh((2,), None, (0, 1))
+    states = [
+        {"w": sharded("w", torch.ones(1), mesh, ["S(0)"], rank), "in": shared, "out": shared} for rank in range(2)
+    ]
+    assert count(files_of(tmp_path, states)).differing == []
+    other = [{**state, "out": torch.ones(2)} for state in states[:1]] + states[1:]
+    assert count(files_of(tmp_path, other)).differing == [group_of("out")]
+
+
+def test_keys_that_are_no_strings_are_compared_as_they_stand_in_the_index(tmp_path: Path) -> None:
+    states = [{("a", 1): rank, b"b": 0} for rank in range(2)]
+    assert count(files_of(tmp_path, states)).differing == [group_of('["tuple",["a",1]]')]
