@@ -91,6 +91,20 @@ FSYNCS = (
         (*_LOCAL, _POWER),
     ),
     Mutation(
+        "directory fsync for a checkpoint that retention counts, whose maker may have been killed",
+        "manager/removal.py",
+        "            storage.settle(directory)\n",
+        "            pass\n",
+        (_POWER,),
+    ),
+    Mutation(
+        "directory fsync for a manifest that is seen before rank 0 has made it certain",
+        "format/commit.py",
+        "    storage.settle(path)\n",
+        "    pass\n",
+        (_POWER,),
+    ),
+    Mutation(
         "no second fsync after one that failed",
         _WRITE,
         '            self._state = "ended"  # until fsync has said otherwise',

@@ -297,9 +297,11 @@ class SaveTogether:
             raise self._exchange.error(outcome.reason, outcome.missing)
 
     def _is_committed(self) -> bool:
-        """Whether the manifest is there. Only rank 0 can say more, and it does not."""
+        """Whether the manifest is there, and stays. Only rank 0 can say more, and it does not."""
         try:
             manifest = read_manifest(self._storage, self._path)
+            # Rank 0 may have ended between giving it its name and making that certain.
+            self._storage.settle(self._path)
         except (CorruptCheckpointError, StorageError):
             return False
         return manifest is not None and manifest.save_id == self.save_id

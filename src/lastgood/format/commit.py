@@ -154,6 +154,8 @@ def wait_for_manifest(storage: StorageBackend, path: str, rank: int, save_id: st
         pause = min(2 * pause, _LONGEST_PAUSE_SECS)
     if rank >= manifest.world_size or manifest.files[rank].save_id != save_id:
         raise _uncommitted(path, rank, f"{manifest_file(path)} is that of another save (of another job?)")
+    # It can be seen, but whoever published it may not have made that certain yet.
+    storage.settle(path)
 
 
 def _uncommitted(path: str, rank: int, what: str) -> UncommittedCheckpointError:

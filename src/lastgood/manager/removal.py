@@ -55,6 +55,10 @@ def prune(
     skipped: list[tuple[Entry, str]] = []
     if check is not None and decision.remove and not dry_run:
         check(storage, decision.keep[-1].entry)
+    if decision.remove and not dry_run:
+        # Whoever published one that stays may have been killed before its name was certain.
+        for directory in (*(verdict.entry.path for verdict in decision.keep), root):
+            storage.settle(directory)
 
     def is_gone(entry: Entry) -> bool:
         try:

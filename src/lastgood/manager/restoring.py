@@ -1,5 +1,6 @@
 """Restoring a training's state from the checkpoints of its run, and what that leaves on disk and in the log."""
 
+import os
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from lastgood._loading.per_rank import PerRankRules
 from lastgood.checkpoint_reader import CheckpointReader
 from lastgood.errors import LastgoodError, StorageError
 from lastgood.manager.bookkeeping import Bookkeeping
-from lastgood.manager.catalog import Entry, read_catalog, read_entry
+from lastgood.manager.catalog import Entry, read_catalog, read_entry, step_name
 from lastgood.manager.progress import shown_progress
 from lastgood.manager.ranks import Ranks
 from lastgood.manager.resume import (
@@ -83,6 +84,8 @@ class Restoring:
             else:
                 resumed = load_exactly(entries[0], loader.read, self._ranks)
             on_all(loader.put, self._ranks, "put in place what was loaded", self._root)
+        if self._ranks.info.global_rank == 0 and resumed.step is not None:
+            self._settle(resumed.step)
         if self._ranks.info.global_rank == 0:
             self._note(resumed, time.perf_counter() - began)
         return resumed
@@ -116,6 +119,14 @@ class Restoring:
             logger.warning("a former job is not shut out of %s: %s", self._root, error)
             return False
         return True
+
+    def _settle(self, step: int) -> None:
+        """Whoever published it may have been killed before its name was certain; from now on the run stands on it."""
+        try:
+            for directory in (os.path.join(self._root, step_name(step)), self._root):
+                self._storage.settle(directory)
+        except StorageError as error:  # a disk that is read only, say
+            logger.warning("a power cut may still take back the checkpoint of step %d: %s", step, error)
 
     def _note(self, resumed: Resumed, seconds: float) -> None:
         for passed in resumed.passed_over:

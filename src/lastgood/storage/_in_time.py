@@ -74,6 +74,9 @@ class StorageInTime:
         safe = "It has either its old name or the new one."
         self._call(lambda: self._storage.rename(path, new_path), "rename", path, safe)
 
+    def settle(self, path: str) -> None:
+        self._call(lambda: self._storage.settle(path), "settle", path, _READ_ONLY)
+
     def has_writers(self, path: str) -> bool:
         return self._call(lambda: self._storage.has_writers(path), "list", path, _READ_ONLY)
 

@@ -119,6 +119,12 @@ class StorageBackend(Protocol):
         :class:`~lastgood.errors.CheckpointNotFoundError` if there is no such directory.
         """
 
+    def settle(self, path: str) -> None:
+        """Make the names directly in a directory survive a power cut, whoever has put them there.
+
+        A directory that is not there is no error.
+        """
+
     def has_writers(self, path: str) -> bool:
         """Whether somebody alive writes in this directory: has a file that is not published yet, or holds a lock.
 

@@ -125,6 +125,12 @@ class LocalStorage:
         with translated("fsyncing the directory of", new_path, phase="rename", safe=safe):
             sync_directory(self._ops, os.path.dirname(target))
 
+    def settle(self, path: str) -> None:
+        absolute = _absolute(path)
+        not_there = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with translated("fsyncing", path, phase="settle", safe=UNCHANGED), not_there:
+            sync_directory(self._ops, absolute)
+
     def has_writers(self, path: str) -> bool:
         absolute = _absolute(path)
         with translated("listing", path, phase="list", safe=UNCHANGED):

@@ -426,3 +426,10 @@ class StorageBackendTests:
             self.storage.open(self.path("file"))
         self.storage.delete(self.path("file"))
         self.storage.delete(self.path("no such directory/file"))
+
+    def test_settling_changes_nothing_that_can_be_seen(self) -> None:
+        self.storage.put(self.path("run/file"), b"data")
+        for directory in ("run", "nothing/there"):
+            self.storage.settle(self.path(directory))
+        assert self.storage.list(self.path("run")) == ["file"]
+        assert not self.storage.exists(self.path("nothing"))
