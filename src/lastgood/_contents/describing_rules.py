@@ -16,6 +16,7 @@ from lastgood._loading.pickle_symbols import (
     UsersSymbol,
     is_count,
 )
+from lastgood.format.mesh import element_count
 from lastgood.format.nodes import (
     BytearrayNode,
     BytesNode,
@@ -133,6 +134,10 @@ class DescribingRules(PickleJudge):
         self._spend(8 * len(shape))
         if len(shape) != len(strides) or not all(map(is_count, (offset, *shape, *strides))):
             return None
+        try:
+            element_count(shape)
+        except ValueError as error:
+            self.broken(str(error))
         needed = (offset + element_span(shape, strides)) * DTYPES[dtype].itemsize
         if 0 not in shape and needed > storage.nbytes:
             self.broken(f"a tensor of the shape {shape} on a storage of {storage.nbytes} bytes")

@@ -16,7 +16,7 @@ from lastgood.errors import CheckpointNotFoundError, StorageError
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.commit import read_manifest
 from lastgood.format.image import FIRST_STORAGE
-from lastgood.format.manifest import Manifest, checkpoint_file, rank_of
+from lastgood.format.manifest import Manifest, absent_ranks, checkpoint_file, rank_of
 from lastgood.format.nodes import Node, ShardedNode, TensorNode, walk_paths
 from lastgood.format.references import References
 from lastgood.format.spec import DTYPES
@@ -93,9 +93,9 @@ def _notes(files: tuple[FileContents, ...], manifest: Manifest | None) -> Iterat
     elif several and not all(file.independent for file in several):
         yield "it was never committed: its save was killed or failed, or is still under way"
     expected = manifest.world_size if manifest is not None else max(file.world_size for file in files)
-    missing = sorted(set(range(expected)) - {file.rank for file in files})
+    missing = absent_ranks(expected, {file.rank for file in files}, 10)
     if missing:
-        yield f"the files of the ranks {', '.join(map(str, missing[:10]))} are not there"
+        yield f"the files of the ranks {', '.join(map(str, missing))} are not there"
     if len({file.save_id for file in several if not file.independent}) > 1 and manifest is None:
         yield "its files belong to different saves"
 

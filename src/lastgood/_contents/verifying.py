@@ -6,12 +6,17 @@ from lastgood._contents.checking import Findings, verify_archive, verify_torch_f
 from lastgood._contents.manifest_check import ManifestCheck
 from lastgood._contents.model import VerifyReport
 from lastgood._contents.reading import local_storage, open_file, rank_files, require_file
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data
 from lastgood._memory import paused_garbage_collection
+from lastgood._threads import call_with_timeout
 from lastgood.errors import CorruptCheckpointError, StorageError
 from lastgood.format.archive import Archive, open_archive
 from lastgood.format.commit import read_manifest
-from lastgood.format.manifest import Manifest, checkpoint_file, manifest_file
+from lastgood.format.manifest import Manifest, absent_ranks, checkpoint_file, manifest_file
 from lastgood.storage.base import StorageBackend
+
+_MOST_ABSENT = 100
+"""So many files that are not there are named."""
 
 
 def verify_checkpoint(path: str, storage: StorageBackend | None = None) -> VerifyReport:
@@ -39,7 +44,7 @@ def _verify_directory(storage: StorageBackend, path: str, ranks: dict[int, str],
     except (CorruptCheckpointError, StorageError) as error:
         findings.wrong(manifest_file(path), str(error))
     check = None if manifest is None else ManifestCheck(manifest, manifest_file(path), findings)
-    expected = set(range(manifest.world_size)) if manifest is not None else {0}
+    world_size = manifest.world_size if manifest is not None else 1
     for rank, name in ranks.items():
         archive = _verify_file(storage, name, findings)
         if archive is None:
@@ -54,8 +59,8 @@ def _verify_directory(storage: StorageBackend, path: str, ranks: dict[int, str],
         elif index.world_size > 1 and not index.independent and not manifest_is_there:
             findings.wrong(name, f"it is one of {index.world_size} ranks' and no manifest commits it")
         if manifest is None:
-            expected |= set(range(index.world_size))
-    for rank in sorted(expected - set(ranks)):
+            world_size = max(world_size, index.world_size)
+    for rank in absent_ranks(world_size, ranks, _MOST_ABSENT):
         findings.wrong(checkpoint_file(path, rank), "the file is not there")
     if check is not None:
         check.finish()
@@ -67,7 +72,9 @@ def _verify_file(storage: StorageBackend, path: str, findings: Findings) -> Arch
     try:
         with closing(open_file(storage, path)) as file, paused_garbage_collection():
             findings.nbytes += file.size
-            archive = open_archive(file)
+            archive = call_with_timeout(
+                lambda: open_archive(file), NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(path), name="open"
+            )
             if archive is None:
                 verify_torch_file(file, findings)
             else:

@@ -20,6 +20,7 @@ from lastgood._torch_internals import untyped_storage_of
 from lastgood.errors import UnsafeCheckpointError, corrupt
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE, LIMIT_32
+from lastgood.format.index import InvalidIndexError
 from lastgood.format.nodes import OpaqueNode
 from lastgood.format.pickle_writer import PROTOCOL
 from lastgood.format.read_plan import PIECE_SIZE, Request
@@ -115,10 +116,12 @@ def safe_torch_load(file: Any, path: str, *, map_location: MapLocation, **argume
     try:
         # Unchecked, the indices of a sparse tensor could lead operations on it outside its memory. The switch is the
         # whole process's.
-        with _CHECKING_SPARSE_TENSORS, torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+        with _CHECKING_SPARSE_TENSORS, torch.sparse.check_sparse_tensor_invariants(not is_meta(map_location)):  # type: ignore[no-untyped-call]
             where: Any = map_location if is_meta(map_location) else locate
             return torch.load(file, weights_only=True, map_location=where, **arguments)
     except Exception as error:
+        if failures and isinstance(failures[0], InvalidIndexError):
+            raise corrupt(path, f"it names {failures[0]}") from None
         if failures:
             raise failures[0] from None
         raise _torch_failure(error, path) from error

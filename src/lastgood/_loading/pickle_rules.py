@@ -230,7 +230,8 @@ class PickleRules(PickleJudge):
 def _element_bits(dtype: Any) -> int | None:
     if not isinstance(dtype, GlobalSymbol) or not dtype.name.startswith("torch."):
         return None
-    found = getattr(torch, dtype.name.removeprefix("torch."), None)
+    # Not by getattr: torch imports some of its modules when they are asked for.
+    found = vars(torch).get(dtype.name.removeprefix("torch."))
     return 8 * found.itemsize if isinstance(found, torch.dtype) else None
 
 

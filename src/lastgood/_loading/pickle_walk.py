@@ -50,6 +50,9 @@ ClaimStorage = Callable[[tuple[Any, ...]], StorageSymbol]
 
 _MAX_DEPTH = 200
 
+_SPARE_REPEATS = 100_000
+"""So many items of tuples may come again in a pickle of any size."""
+
 
 class IncompletePickleError(Exception):
     """The data ends before the pickle does."""
@@ -84,6 +87,7 @@ class _Walker:
         self._outer_stacks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._heaviest = 10 * len(data) + 1000
+        self._repeatable = 10 * len(data) + _SPARE_REPEATS
 
     def walk(self) -> Any:
         handlers = _HANDLERS
@@ -217,7 +221,13 @@ class _Walker:
         self._stack.append(int.from_bytes(self._take(size), "little", signed=True))
 
     def _get(self, form: struct.Struct) -> None:
-        self._stack.append(self._memo[form.unpack(self._take(form.size))[0]])
+        found = self._memo[form.unpack(self._take(form.size))[0]]
+        if type(found) is TupleSymbol:
+            # Whoever walks through the values walks through a tuple each time that it comes, unlike a list or dict.
+            self._repeatable -= found.weight
+            if self._repeatable < 0:
+                self._rules.unsafe("holds the same tuples again and again")
+        self._stack.append(found)
 
     def _put(self, form: struct.Struct) -> None:
         self._memo[form.unpack(self._take(form.size))[0]] = self._stack[-1]

@@ -98,6 +98,8 @@ def _read_record(file: StoredFile, info: zipfile.ZipInfo) -> ZipRecord:
         raise _unsafe(file, f"a record with the name {name!r}, which leads outside or reads differently elsewhere")
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise _unsafe(file, f"a compressed record ({name!r}), which could unpack to any size")
+    if info.volume:
+        raise corrupt(file.path, f"its record {name!r} is said to be on another disk")
     if info.flag_bits & ~_PLAIN_FLAGS or info.external_attr & _IS_DIRECTORY or name.endswith("/"):
         raise corrupt(file.path, f"its record {name!r} is marked as encrypted, as a directory or as something else")
     if not 0 <= info.header_offset <= file.size - _LOCAL_HEADER.size:

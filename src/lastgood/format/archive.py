@@ -13,6 +13,7 @@ from lastgood.format.image import (
     data_descriptor,
     directory,
     local_header,
+    pack_trailer,
     plan_layout,
 )
 from lastgood.format.index import Index, InvalidIndexError, decode_index
@@ -136,4 +137,6 @@ def _read_index(file: StoredFile, ending: Ending) -> tuple[Index, Layout]:
         raise corrupt(file.path, "its records do not stand where its index says")
     if trailer.save_id != index.save_id:
         raise corrupt(file.path, "its trailer and its index belong to different saves")
+    if ending.trailer_bytes != pack_trailer(layout, trailer.index_crc, trailer.blocks_crc, index.save_id):
+        raise corrupt(file.path, "its trailer is not as written")
     return index, layout

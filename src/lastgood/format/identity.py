@@ -53,7 +53,7 @@ def read_identity(file: StoredFile) -> FileIdentity | None:
         return None
     try:
         head = msgspec.json.decode(ending.read_index(), type=_IndexHead)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise corrupt(file.path, f"its index cannot be right: {error}") from error
     trailer_crc = crc32(ending.trailer_bytes)
     return FileIdentity(**msgspec.structs.asdict(head), size=file.size, trailer_crc=trailer_crc)

@@ -7,7 +7,7 @@ import itertools
 
 import msgspec
 
-from lastgood.format.mesh import Box, Count, Layout, Mesh, check_mesh, parse_placement, whole
+from lastgood.format.mesh import Box, Count, Layout, Mesh, check_mesh, element_count, parse_placement, whole
 from lastgood.format.nodes import (
     NUMBERED,
     ComplexNode,
@@ -124,6 +124,10 @@ def _check_tensor(node: TensorNode, storages: list[StorageEntry]) -> None:
         raise InvalidIndexError(f"a tensor of unknown dtype {node.dtype!r}")
     if node.storage >= len(storages):
         raise InvalidIndexError(f"a tensor on storage {node.storage} of {len(storages)}")
+    try:
+        element_count(node.shape)
+    except ValueError as error:
+        raise InvalidIndexError(str(error)) from error
     if len(node.shape) != len(node.stride):
         raise InvalidIndexError(f"a tensor of shape {node.shape} with strides {node.stride}")
     if node.flags not in _FLAGS:

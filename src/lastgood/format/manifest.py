@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+from collections.abc import Collection
 from typing import Annotated
 
 import msgspec
@@ -25,6 +26,11 @@ def rank_of(name: str) -> int | None:
     """The rank whose file has exactly this name; ``None`` for any other name."""
     match = _RANK_FILE.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def absent_ranks(world_size: int, there: Collection[int], most: int) -> list[int]:
+    """The first ``most`` ranks, of so many, that are not there: a file may claim any number of them."""
+    return list(itertools.islice((rank for rank in range(world_size) if rank not in there), most))
 
 
 def manifest_file(path: str) -> str:
@@ -108,7 +114,9 @@ def decode_manifest(data: bytes) -> Manifest:
         raise InvalidManifestError(
             f"its version is {manifest.manifest_version}; this lastgood reads {MANIFEST_VERSION}"
         )
-    if [file.rank for file in manifest.files] != list(range(manifest.world_size)):
+    # The number first: a range is made only of as many ranks as there are files.
+    ranks = [file.rank for file in manifest.files]
+    if len(ranks) != manifest.world_size or ranks != list(range(len(ranks))):
         raise InvalidManifestError("its files are not one a rank")
     if any("/" in file.name or file.name in ("", ".", "..") for file in manifest.files):
         raise InvalidManifestError("it names a file outside its directory")

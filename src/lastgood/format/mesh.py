@@ -12,7 +12,17 @@ _LARGEST_SPLIT_FACTOR = 64
 """More than the number of ranks makes no sense; few more do no harm."""
 
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
+_MOST_DIMENSIONS = 64
+"""As many as torch's operations can handle."""
+
+_MOST_CUTS = 4096
+"""Of one tensor on one rank; real ones are cut along one dimension."""
+
+
+_MOST_ELEMENTS = 2**63 - 1
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST_ELEMENTS)]
 
 
 Shape: TypeAlias = tuple[int, ...]
@@ -111,6 +121,20 @@ class Layout(msgspec.Struct, frozen=True):
                 raise ValueError(f"the placement {placement} on a mesh of {len(self.mesh.ranks)} ranks")
             if placement.dimension is not None and not 0 <= placement.dimension < len(self.shape):
                 raise ValueError(f"the placement {placement} of a tensor of shape {self.shape}")
+        element_count(self.shape)
+        if len(self.shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor of {len(self.shape)} dimensions")
+        if _cut_count(self.shape, self.placements) > _MOST_CUTS:
+            raise ValueError(f"placements that cut a tensor of shape {self.shape} into very many parts")
+
+
+def _cut_count(shape: Shape, placements: Sequence[Placement]) -> int:
+    """About how many boxes a rank holds at most."""
+    cuts = [1] * len(shape)
+    for dimension, factor in placements:
+        if dimension is not None and factor > 1:
+            cuts[dimension] += min(factor, shape[dimension])
+    return math.prod(cuts)
 
 
 def replica_mesh(world_size: int) -> Mesh:
@@ -123,6 +147,18 @@ def is_replica_mesh(mesh: Mesh) -> bool:
     return mesh.names == (REPLICAS,)
 
 
+def element_count(shape: Shape) -> int:
+    """How many elements a tensor of this shape has; ``ValueError`` for more than torch can count."""
+    if 0 in shape:
+        return 0
+    count = 1
+    for length in shape:
+        count *= length
+        if count > _MOST_ELEMENTS:
+            raise ValueError(f"a tensor of more than 2**63 elements in {len(shape)} dimensions")
+    return count
+
+
 def whole(shape: Sequence[int]) -> Box:
     """All of a tensor of this shape."""
     return Box((0,) * len(shape), tuple(shape))
@@ -130,7 +166,7 @@ def whole(shape: Sequence[int]) -> Box:
 
 def check_mesh(mesh: Mesh) -> None:
     """Raise ``ValueError`` for what is no mesh."""
-    if math.prod(mesh.shape) != len(mesh.ranks) or not mesh.ranks or not mesh.shape:
+    if not mesh.ranks or not mesh.shape or element_count(mesh.shape) != len(mesh.ranks):
         raise ValueError(f"a mesh of shape {mesh.shape} with {len(mesh.ranks)} ranks")
     if len(mesh.positions) != len(mesh.ranks):
         raise ValueError("a mesh in which a rank stands twice")

@@ -14,7 +14,7 @@ from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, Sto
 from lastgood.format.commit import read_manifest
 from lastgood.format.epoch import EPOCH_NAME
 from lastgood.format.identity import FileIdentity, read_identity
-from lastgood.format.manifest import MANIFEST_NAME, Manifest, checkpoint_file, rank_of
+from lastgood.format.manifest import MANIFEST_NAME, Manifest, absent_ranks, checkpoint_file, rank_of
 from lastgood.storage.base import StorageBackend
 
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
@@ -186,7 +186,7 @@ def _judge(storage: StorageBackend, step: int, path: str, files: set[int], manif
             "still under way",
             first,
         )
-    missing = sorted(set(range(first.world_size)) - files)
+    missing = absent_ranks(first.world_size, files, 11)
     if missing:
         listed = ", ".join(str(rank) for rank in missing[:10]) + (", ..." if len(missing) > 10 else "")
         if first.independent:
@@ -202,7 +202,7 @@ def _judge(storage: StorageBackend, step: int, path: str, files: set[int], manif
 def _size(storage: StorageBackend, path: str, first: FileIdentity, files: set[int]) -> int:
     """The bytes of the files that are there and belong to a checkpoint without a manifest."""
     size = first.size
-    for rank in sorted(files & set(range(1, first.world_size))):
+    for rank in sorted(rank for rank in files if 0 < rank < first.world_size):
         with closing(storage.open(checkpoint_file(path, rank))) as file:
             size += file.size
     return size
