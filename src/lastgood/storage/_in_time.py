@@ -55,10 +55,13 @@ class StorageInTime:
         self._call(lambda: self._storage.append(path, data), "append", path, "Some of it may have been added.")
 
     def open(self, path: str) -> StoredFile:
-        return _FileInTime(self.open_unwatched(path), self._call)
+        return _FileInTime(self._open(path), self._call)
 
     def open_unwatched(self, path: str) -> StoredFile:
         """Open in time; the reads are for the caller to watch over."""
+        return _UnwatchedFile(self._open(path), self._call)
+
+    def _open(self, path: str) -> StoredFile:
         return self._obtain(lambda: self._storage.open(path), lambda file: file.close(), "open", path, _READ_ONLY)
 
     def exists(self, path: str) -> bool:
@@ -184,4 +187,12 @@ class _FileInTime:
         self._file.expect_other_readers()
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._call(self._file.close, "close", self.path, _READ_ONLY)
+        except StorageError as error:
+            logger.warning("%s It stays open until then.", error)
+
+
+class _UnwatchedFile(_FileInTime):
+    def read_into(self, offset: int, target: memoryview) -> None:
+        self._file.read_into(offset, target)

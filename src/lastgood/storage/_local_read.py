@@ -1,5 +1,6 @@
 """Reading a local file: from the page cache what is there, past it what is not."""
 
+import contextlib
 import errno
 
 from lastgood._events import logger
@@ -142,7 +143,10 @@ def _open_direct(ops: FileOps, path: str, identity: tuple[int, int]) -> int | No
         direct = ops.open_direct(path, write=False)
     except OSError:
         return None
-    if ops.status(direct).identity != identity:  # another save took the name in between
+    with contextlib.suppress(OSError):
+        if ops.status(direct).identity == identity:
+            return direct
+    # Another save took the name in between, or nobody can say.
+    with contextlib.suppress(OSError):
         ops.close(direct)
-        return None
-    return direct
+    return None

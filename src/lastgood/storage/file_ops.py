@@ -5,6 +5,7 @@ system call a method. So a test can put itself in the door: record the calls, fa
 cut would have kept. Every failure is the plain ``OSError``; what it means is for the caller to say.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -270,7 +271,8 @@ class OsFileOps:
         try:
             os.fsync(descriptor)
         finally:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # nothing was written through it, and what counts has been said
+                os.close(descriptor)
 
     def link(self, existing: str, new: str) -> None:
         os.link(existing, new)
