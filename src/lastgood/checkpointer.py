@@ -193,11 +193,13 @@ class AsyncCheckpointer(_ReadingCheckpointer):
                 self._may_write(path)
             passed_on: dict[str, Any] = {}
             if self._votes is not None and call is not None:
-                passed_on[SAVE_CALL] = self._votes.with_epoch(call, path)
+                call = self._votes.with_epoch(call, path)
+                passed_on[SAVE_CALL] = call
             staged, written = self._begin(path, state_dict, kwargs, passed_on)
-            save = _Save(path, _observed(staged), _observed(written))
             if self._votes is not None and call is not None:
+                # Before anybody is told: the save that waits for this one has to know how it ended.
                 self._votes.watch(call, written)
+            save = _Save(path, _observed(staged), _observed(written))
             self._saves.append(save)
             self._keep_until_known(save)
         return save

@@ -247,3 +247,18 @@ def test_hazard_26_nobody_waits_for_a_rank_whose_trainer_ended_before_it_asked_f
         assert "rank 1 ended, and had not asked for this save" in told
     for step in (2, 3):
         assert_not_committed(tmp_path / f"step-{step}", 2)
+
+
+def test_hazard_26_nobody_waits_for_a_rank_0_that_is_gone_for_good(start_job: Any, tmp_path: Path) -> None:
+    """Its store is gone with its checkpoint process, and no other process will serve one: its trainer is dead, too."""
+    job, path = start_job(), tmp_path / "step-2"
+    job.assert_saves(tmp_path / "step-1", 1)
+    # Rank 1's bytes are durable; it goes to meet the others when rank 0 is gone.
+    job.ranks[1].call(ranks.stage, str(path), 2, "wait")
+    job.ranks[1].call(ranks.at_gate)
+    with ProcessEnd(job.processes[0]) as end:
+        job.ranks[0].kill()
+        assert end.wait()
+    job.ranks[1].call(ranks.open_gate)
+    assert job.ranks[1].call(ranks.outcome).startswith("BarrierTimeoutError: rank 1 could not commit")
+    assert_not_committed(path, 2)

@@ -3,6 +3,7 @@
 torch is not imported here.
 """
 
+import dataclasses
 import hashlib
 import os
 import socket
@@ -78,11 +79,22 @@ class SaveCalls:
             return call
 
     def could_not_tell(self, call: SaveCall, reason: str) -> None:
-        """The save has failed here, and the store could not be reached: the next call takes the news along."""
+        """The save has failed here: until the others have been told, each call takes the news along."""
         with self._lock:
             self._failed[call.save_id] = reason
             if len(self._failed) > _FAILURES_REMEMBERED:
                 self._failed.popitem(last=False)
+
+    def told(self, call: SaveCall) -> None:
+        """The others know that this save has failed."""
+        with self._lock:
+            self._failed.pop(call.save_id, None)
+
+    def with_news(self, call: SaveCall) -> SaveCall:
+        """The call with what has failed up to now: the save before it may have been under way when it was made."""
+        with self._lock:
+            failed = tuple(self._failed.items())
+        return call if failed == call.failed else dataclasses.replace(call, failed=failed)
 
     def went_well(self, call: SaveCall) -> None:
         """What that call took along has arrived."""

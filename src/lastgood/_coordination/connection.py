@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,6 +17,9 @@ Result = TypeVar("Result")
 
 ANSWER_SECS = 5.0
 """What the store gets on top of a time-out, to answer."""
+
+_ATTEMPT_SECS = 10.0
+"""How long one attempt to connect gets, before it is looked whether rank 0 is still there."""
 
 _HERE = "localhost"
 _OTHER_DESCRIPTORS = 1024
@@ -70,11 +74,20 @@ class Connection:
             except StoreUnreachableError:
                 pass  # that served by a process which has ended
 
+        deadline = time.monotonic() + timeout_secs
+
         def connect() -> Any:
-            timeout = timedelta(seconds=timeout_secs)
-            return dist.TCPStore(  # type: ignore[attr-defined]
-                self._host, self._port, is_master=False, wait_for_workers=False, timeout=timeout
-            )
+            while True:
+                self._require_listener()
+                left = max(0.0, deadline - time.monotonic())
+                timeout = timedelta(seconds=min(left, _ATTEMPT_SECS))
+                try:
+                    return dist.TCPStore(  # type: ignore[attr-defined]
+                        self._host, self._port, is_master=False, wait_for_workers=False, timeout=timeout
+                    )
+                except dist.DistError:
+                    if left <= _ATTEMPT_SECS:
+                        raise
 
         def no_answer() -> StoreUnreachableError:
             return StoreUnreachableError(f"the store at {self.address} did not answer within {timeout_secs:g} s")
@@ -85,6 +98,15 @@ class Connection:
             raise StoreUnreachableError(
                 f"the store at {self.address} cannot be reached: {first_line(error)}"
             ) from error
+
+    def _require_listener(self) -> None:
+        """Rank 0's trainer keeps the address listened at as long as it lives, whatever becomes of its process."""
+        try:
+            socket.create_connection((self._host, self._port), ANSWER_SECS).close()
+        except ConnectionRefusedError as error:
+            raise StoreUnreachableError(f"nobody is at {self.address} any more") from error
+        except OSError:
+            return  # too slow, or not known by this name yet: the store's client says what is wrong
 
     def call(self, use: Callable[[Any], Result], timeout_secs: float) -> Result:
         """What ``use`` makes of the store; what takes longer is given up, and the connection with it."""

@@ -36,7 +36,9 @@ ReplicaChecksums = Callable[[], Sequence[int]]
 """Gives the CRC-32s of the tensors that have to be the same on all ranks, in the order of their names."""
 
 _FAREWELL_SECS = 5.0
-_LOOK_AGAIN_SECS = 2.0
+_FIRST_LOOK_SECS = 5.0
+"""After so long for the first time, and then ever more seldom: torch logs each wait that ends without what came."""
+
 _SAVES_REMEMBERED = 64
 _GIVEN_UP = "given up"
 
@@ -226,9 +228,11 @@ class SaveTogether:
     def _was_decided_in_time(self) -> bool:
         """Wait for the votes of all ranks; one whose trainer has ended without asking for this save decides it."""
         deadline = time.monotonic() + self._timeout_secs
+        pause = _FIRST_LOOK_SECS
         while (left := deadline - time.monotonic()) > 0:
-            if self._exchange.came(self._exchange.key("decided"), min(left, _LOOK_AGAIN_SECS)):
+            if self._exchange.came(self._exchange.key("decided"), min(left, pause)):
                 return True
+            pause *= 2
             departed = self._exchange.ask(self._departed_without_vote, ANSWER_SECS)
             if departed:
                 self._give_up(Outcome(f"{rank_list(departed)} ended, and had not asked for this save", departed))

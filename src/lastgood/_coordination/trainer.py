@@ -30,7 +30,9 @@ class TrainerVotes:
         return self._calls.new(str(path))
 
     def with_epoch(self, call: SaveCall, path: object) -> SaveCall:
-        """The call as it goes to the checkpoint process: on rank 0 with the job's epoch, taken at the first save."""
+        """The call as it goes to the checkpoint process, when those before it are over: with what has failed of them,
+        and on rank 0 with the job's epoch, taken at the first save."""
+        call = self._calls.with_news(call)
         if self._coordination.rank != 0:
             return call
         root = root_of(str(path))
@@ -50,8 +52,10 @@ class TrainerVotes:
         written.add_done_callback(ended)
 
     def give_up(self, call: SaveCall, error: BaseException) -> None:
-        """Tell the others, in the background. Where that fails, the next save takes the news along."""
+        """Tell the others, in the background. Until that has worked, each save takes the news along: the store may be
+        gone with the checkpoint process, and the next one may take long to serve it."""
         outcome = given_up_by(self._coordination.rank, error)
+        self._calls.could_not_tell(call, str(outcome.reason))
         if start_daemon(lambda: self._tell(call, outcome), name="lastgood-give-up") is None:
             _events.logger.warning("could not tell the other ranks, at the end of this process, that a save failed")
 
@@ -62,10 +66,11 @@ class TrainerVotes:
             connection.open(ANSWER_SECS)
             # Most of what fails in the checkpoint process has been told by it.
             if connection.call(lambda store: is_decided_in(store, call.save_id), ANSWER_SECS):
+                self._calls.told(call)
                 return
             connection.call(lambda store: give_up_in(store, call.save_id, outcome), ANSWER_SECS)
             if coordination.rank != 0:
                 connection.call(lambda store: hear_in(store, call.save_id, coordination.world_size), ANSWER_SECS)
+            self._calls.told(call)
         except (StoreUnreachableError, StoreTimeoutError) as failure:
-            self._calls.could_not_tell(call, str(outcome.reason))
             _events.logger.info("could not tell the other ranks that %s: %s", outcome.reason, failure)

@@ -17,7 +17,7 @@ from lastgood._coordination.connection import Connection, StoreTimeoutError, Sto
 from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome
 from lastgood._coordination.together import Coordinator, give_up_in, is_decided_in
 from lastgood._coordination.trainer import TrainerVotes
-from lastgood.errors import BarrierTimeoutError
+from lastgood.errors import BarrierTimeoutError, CheckpointProcessError
 from lastgood.format.epoch import Epoch
 from lastgood.storage.local import LocalStorage
 
@@ -153,7 +153,7 @@ def test_news_of_a_failure_that_nobody_could_be_told_come_with_the_next_save(
     coordinator._server = None
     votes = TrainerVotes(first, LocalStorage(), 60)
     lost = votes.new_call(tmp_path / "step-1")
-    votes._tell(lost, Outcome("rank 0 gave up: its process was killed", (0,)))
+    votes.give_up(lost, CheckpointProcessError("its process was killed"))
     waiting = ranks.start(tmp_path / "step-1", 1, [1])  # for the store
     after = votes.new_call(tmp_path / "step-2")
     assert [save_id for save_id, _ in after.failed] == [lost.save_id]
@@ -162,7 +162,7 @@ def test_news_of_a_failure_that_nobody_could_be_told_come_with_the_next_save(
     renewed.save(after, str(tmp_path / "step-2"), LocalStorage()).begin()
     [error] = finished(waiting)
     assert isinstance(error, BarrierTimeoutError)
-    assert "rank 0 gave up: its process was killed" in str(error)
+    assert "rank 0 gave up: CheckpointProcessError: its process was killed" in str(error)
     assert after.epoch is not None
     renewed._server = None
     ranks.close()

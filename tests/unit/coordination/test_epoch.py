@@ -89,24 +89,21 @@ def test_whoever_publishes_waits_for_a_takeover_and_then_sees_it(tmp_path: Path)
 def test_a_takeover_given_up_for_a_slow_disk_does_not_come_back_over_a_later_one(tmp_path: Path) -> None:
     """Its lock is free again by then."""
     ops, root = RecordingFileOps(), str(tmp_path)
-    go_on, ended = threading.Event(), threading.Event()
+    go_on = threading.Event()
+    late: list[threading.Thread] = []
 
     def slow(real: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            assert go_on.wait(60)
-            real(*arguments)
-        finally:
-            ended.set()
+        late.append(threading.current_thread())
+        assert go_on.wait(60)
+        real(*arguments)
 
     ops.replace_call("fsync", slow)
     with pytest.raises(StorageError, match=r"did not answer within 0\.2 s"):
         take_epoch(StorageInTime(LocalStorage(ops), 0.2), root, "a", 60)
     assert take_epoch(LocalStorage(), root, "b", 60) == 1
     go_on.set()
-    assert ended.wait(60)
-    for thread in threading.enumerate():
-        if thread.name.startswith("lastgood-"):
-            thread.join(60)
+    for thread in late:
+        thread.join(60)
     assert read_epoch(LocalStorage(), root) == Epoch(1, "b")
 
 
