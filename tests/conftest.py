@@ -4,6 +4,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -50,3 +51,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("cases tried")
         for what, count in sorted(_case_counts.items()):
             terminalreporter.line(f"{count:>9,} {what}")
+
+
+# Several processes run the tests (pytest -n). Each takes a whole file at a time, as tests of one file share processes
+# and files; those of several ranks, whose processes are many, all go to one. What takes longest goes first.
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "distributed" else str(item.path)))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["case_counts"] = dict(_case_counts)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _case_counts.update(getattr(node, "workeroutput", {}).get("case_counts", {}))
