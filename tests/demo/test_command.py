@@ -15,6 +15,8 @@ from lastgood.cli import app, main
 from lastgood.cli._demo.fingerprint import differences
 from lastgood.cli._demo.workspace import Workspace
 
+pytestmark = pytest.mark.long
+
 STEPS = 10
 
 
@@ -66,6 +68,8 @@ def test_the_picture_marks_the_kills_and_the_last_checkpoints_are_left_without_d
     assert len(kills) == int(_figure(output, "kills survived"))
     left = {path.relative_to(out / "checkpoints").as_posix() for path in (out / "checkpoints").glob("*/*")}
     # Older ones too, perhaps: a training that was killed when its last snapshot was staged has removed none for it.
+    # A process killed right after it published a file leaves the lock's empty file, for retention to remove.
+    left = {name for name in left if not name.endswith(".lock")}
     assert left <= {f"step-{step}/checkpoint_0.pt" for step in range(2, STEPS + 1, 2)}
     assert left >= {f"step-{step}/checkpoint_0.pt" for step in (STEPS - 4, STEPS - 2, STEPS)}
 

@@ -36,6 +36,8 @@ from lastgood.errors import LastgoodError
 from lastgood.storage.base import StorageLock
 from lastgood.storage.local import LocalStorage
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _deterministic() -> Iterator[None]:

@@ -17,6 +17,8 @@ from tests.distributed.fsdp_training import loss_of, new_batches, new_model, new
 from lastgood import CheckpointReader, RankInfo
 from lastgood.cli._demo.fingerprint import fingerprint
 
+pytestmark = pytest.mark.long
+
 STEPS, SAVE_EVERY = 14, 3
 SCRIPT = Path(__file__).with_name("fsdp_training.py")
 EXAMPLE = SCRIPT.parents[2] / "examples" / "train_fsdp.py"

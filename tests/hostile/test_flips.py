@@ -19,6 +19,8 @@ from lastgood.errors import CorruptCheckpointError
 from lastgood.storage.local import LocalStorage
 from lastgood.types import RankInfo
 
+pytestmark = pytest.mark.long
+
 GetSample = Callable[[str], Sample]
 CountCases = Callable[[str, int], None]
 

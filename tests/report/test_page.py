@@ -24,6 +24,8 @@ from lastgood.cli._report.gather import Wanted, gather
 from lastgood.cli._report.page import render
 from lastgood.manager.run_log import RunRecord, SaveRecord
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def window() -> Iterator[WebDriver]:

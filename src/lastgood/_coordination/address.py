@@ -57,7 +57,14 @@ def meet_over_process_group(rank_info: RankInfo) -> Coordination:
     except RuntimeError as error:
         raise failed(error) from error
     try:
-        return find_address(rank_info, lambda ask: from_first(ask, rank_info.global_rank, group))
+        found = find_address(rank_info, lambda ask: from_first(ask, rank_info.global_rank, group))
+        try:
+            # A rank that gave the group up now could break it for one that is still connecting to others.
+            distributed.barrier(group=group)
+        except BaseException:
+            found.close()
+            raise
+        return found
     except LastgoodError:
         raise
     except RuntimeError as error:

@@ -23,6 +23,8 @@ import lastgood
 from lastgood.errors import CheckpointNotFoundError
 from lastgood.manager.retention import KeepLast
 
+pytestmark = pytest.mark.long
+
 HANGS, DIES = "hangs", "dies"
 NEVER_SECS = 1000
 PATIENT_SECS, IMPATIENT_SECS, LONG_SECS = 3.0, 0.7, 600.0

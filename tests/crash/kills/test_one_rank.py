@@ -21,6 +21,8 @@ from lastgood.manager.retention import KeepLast
 from lastgood.storage._file_lock import lock_file
 from lastgood.storage.local import LocalStorage
 
+pytestmark = pytest.mark.long
+
 AT_ONCE = 2
 """So many runs are killed side by side."""
 
