@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints-dev.txt
 # Tests that mostly wait for processes and disks: one more at a time than there are processors.
-TOGETHER := -n $(shell expr $$(nproc 2>/dev/null || echo 1) + 1) --dist loadgroup --no-loadscope-reorder --timeout-method=signal
+TOGETHER := -n $(shell expr $$(nproc 2>/dev/null || echo 1) + 1) --dist loadgroup --no-loadscope-reorder --timeout-method=signal --timeout=400
 DEV_READY := $(VENV)/.ready-dev
 BENCH_READY := $(VENV)/.ready-bench
 FUZZ_READY := $(VENV)/.ready-fuzz

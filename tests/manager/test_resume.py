@@ -435,10 +435,12 @@ def test_a_line_of_the_log_that_a_full_disk_cut_short_costs_no_other(tmp_path: P
         def pwrite(real: Any, descriptor: int, data: memoryview, offset: int) -> int:
             if not ops.paths[descriptor].endswith("lastgood.jsonl"):
                 return int(real(descriptor, data, offset))
-            if len(data) > 20:
-                return int(real(descriptor, data[:20], offset))
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if began:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            began.append(True)
+            return int(real(descriptor, data[:20], offset))
 
+        began: list[bool] = []
         ops.replace_call("pwrite", pwrite)
         manager.save(2, tiny(2))
         manager.wait()
