@@ -9,10 +9,9 @@ from lastgood._loading.checkpoint import Options, load_checkpoint
 from lastgood._loading.file import load_file
 from lastgood._loading.merge import CheckKeys
 from lastgood._loading.per_rank import PerRankRules
-from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, open_in_time
 from lastgood._loading.values import MapLocation
 from lastgood._memory import paused_garbage_collection
-from lastgood._threads import call_with_timeout
 from lastgood.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -20,7 +19,7 @@ from lastgood.errors import (
     StorageError,
     UncommittedCheckpointError,
 )
-from lastgood.format.archive import Archive, open_archive
+from lastgood.format.archive import Archive
 from lastgood.format.commit import is_named_by, read_manifest
 from lastgood.format.identity import read_identity
 from lastgood.format.manifest import MANIFEST_VERSION, Manifest, ManifestFile, checkpoint_file, manifest_file
@@ -29,8 +28,6 @@ from lastgood.storage._in_time import StorageInTime
 from lastgood.storage.base import StorageBackend
 from lastgood.storage.local import LocalStorage
 from lastgood.types import STATE_DICT, RankInfo
-
-_OTHER_DESCRIPTORS = 1024
 
 
 class CheckpointReader:
@@ -94,7 +91,7 @@ class CheckpointReader:
         if options.mmap and (state_dict is not None or options.verify_first):
             raise ConfigError("mmap=True maps a file and reads nothing: it goes with neither a target nor verify_first")
         # A file takes two: one of them goes past the page cache. Where they are too few, opening says so.
-        allow_descriptors(2 * manifest.world_size + _OTHER_DESCRIPTORS)
+        allow_descriptors(2 * manifest.world_size)
         with contextlib.ExitStack() as opened, paused_garbage_collection(), _events.phase("read", path):
             archives: dict[int, Archive] = {}
 
@@ -110,9 +107,7 @@ class CheckpointReader:
         file_path = checkpoint_file(path, rank)
         file = self._storage.open_unwatched(file_path)
         opened.callback(file.close)
-        archive = call_with_timeout(
-            lambda: open_archive(file), NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(file_path), name="open"
-        )
+        archive = open_in_time(file)
         if archive is None:
             raise self._not_named(path, file_path, rank)
         self._require_named(path, archive, manifest, rank)

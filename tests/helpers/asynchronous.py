@@ -274,14 +274,15 @@ class _Pieces:
 def arenas_open() -> int:
     """How many arenas this process has open."""
     found = set()
-    for descriptor, name in _open_files().items():
+    for descriptor, name in open_files().items():
         if "memfd:lastgood-arena" in name:
             with contextlib.suppress(OSError):  # closed meanwhile
                 found.add(os.fstat(descriptor).st_ino)
     return len(found)
 
 
-def _open_files() -> dict[int, str]:
+def open_files() -> dict[int, str]:
+    """What this process has open, by descriptor."""
     names = {}
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # that of the folder itself
@@ -301,5 +302,5 @@ def arena_bytes_mapped() -> int:
 
 def shared_memory_files() -> set[str]:
     """What this process has open or mapped in /dev/shm."""
-    names = [*_open_files().values(), *Path("/proc/self/maps").read_text().splitlines()]
+    names = [*open_files().values(), *Path("/proc/self/maps").read_text().splitlines()]
     return {name[name.index("/dev/shm/") :] for name in names if "/dev/shm/" in name}

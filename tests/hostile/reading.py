@@ -237,7 +237,7 @@ def _outcome(way: str, attempt: Callable[[], Any], expected: Any) -> Outcome:
 
 
 def _is_same(found: Any, expected: Any) -> bool:
-    if isinstance(found, tuple) and isinstance(found[0], Contents):
+    if isinstance(found, tuple) and found and isinstance(found[0], Contents):
         return _described(found[0]) == _described(expected[0]) and bool(found[1] == expected[1])
     if isinstance(found, str | Entry):
         return bool(found == expected)

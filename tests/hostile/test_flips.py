@@ -88,25 +88,27 @@ def test_the_flips_below_are_made_in_whole_checkpoints(sample: GetSample) -> Non
         }
 
 
+def check_flips(sample: Sample, kind: str, name: str, places: range, chance: random.Random, *, load_too: bool) -> None:
+    """One bit, drawn by ``chance``, at each of these places of a file."""
+    for offset in places:
+        check_flip(sample, kind, name, offset, chance.randrange(8), load_too=load_too)
+
+
 def test_verify_finds_a_flipped_bit_in_every_byte_of_a_file(
     sample: GetSample, count_cases: CountCases, rng_seed: int
 ) -> None:
     """That a load finds it, too, is shown with the other damage that loads find."""
-    chance, found = random.Random(rng_seed), sample("single")
-    size = len(found.whole["checkpoint_0.pt"])
-    for offset in range(size):
-        check_flip(found, "single", "checkpoint_0.pt", offset, chance.randrange(8), load_too=False)
-    count_cases(FLIPPED, size)
+    places = range(len(sample("single").whole["checkpoint_0.pt"]))
+    check_flips(sample("single"), "single", "checkpoint_0.pt", places, random.Random(rng_seed), load_too=False)
+    count_cases(FLIPPED, len(places))
 
 
 def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(
     sample: GetSample, count_cases: CountCases, rng_seed: int
 ) -> None:
-    chance, found = random.Random(rng_seed), sample("spread")
-    size = len(found.whole["manifest.json"])
-    for offset in range(size):
-        check_flip(found, "spread", "manifest.json", offset, chance.randrange(8), load_too=True)
-    count_cases(FLIPPED, size)
+    places = range(len(sample("spread").whole["manifest.json"]))
+    check_flips(sample("spread"), "spread", "manifest.json", places, random.Random(rng_seed), load_too=True)
+    count_cases(FLIPPED, len(places))
 
 
 def test_a_flipped_bit_in_a_file_of_several_ranks_is_found_by_any_other_number_of_them(
@@ -115,8 +117,7 @@ def test_a_flipped_bit_in_a_file_of_several_ranks_is_found_by_any_other_number_o
     chance, found = random.Random(rng_seed), sample("spread")
     for name in ("checkpoint_0.pt", "checkpoint_1.pt"):
         places = range(chance.randrange(16), len(found.whole[name]), 16)
-        for offset in places:
-            check_flip(found, "spread", name, offset, chance.randrange(8), load_too=True)
+        check_flips(found, "spread", name, places, chance, load_too=True)
         count_cases(FLIPPED, len(places))
 
 

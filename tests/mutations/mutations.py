@@ -275,17 +275,17 @@ ORDER = (
         _VOTES,
     ),
     Mutation(
-        "the manifest's bytes are durable before other jobs are shut out",
-        "_coordination/counting.py",
-        "        upload.make_durable()\n",
+        "a record's bytes are durable before other jobs are shut out, and before it could come back",
+        "format/epoch.py",
+        "        write.make_durable()\n",
         "        pass\n",
-        _VOTES,
+        ("tests/unit/coordination/test_epoch.py", *_VOTES),
     ),
     Mutation(
         "no other job has taken over while the manifest is published",
-        "_coordination/counting.py",
-        "        with publishing(storage, root, epoch, timeout_secs):\n",
-        "        with contextlib.nullcontext():\n",
+        "_coordination/together.py",
+        "        no_other_job = publishing(self._storage, self._root, self._epoch, self._timeout_secs)\n",
+        "        no_other_job = contextlib.nullcontext()\n",
         _VOTES,
     ),
     Mutation(
@@ -300,13 +300,6 @@ ORDER = (
         "format/epoch.py",
         "        check_epoch(storage, root, mine)\n        yield\n",
         "        yield\n",
-        ("tests/unit/coordination/test_epoch.py",),
-    ),
-    Mutation(
-        "a takeover that was given up does not come back",
-        "format/epoch.py",
-        "        write.make_durable()\n",
-        "        pass\n",
         ("tests/unit/coordination/test_epoch.py",),
     ),
     Mutation(
@@ -372,9 +365,9 @@ EXCLUSIVE = (
     ),
     Mutation(
         "a manifest never replaces another, by votes",
-        "_coordination/counting.py",
-        "            upload.commit(replace=False)\n",
-        "            upload.commit(replace=True)\n",
+        "_coordination/together.py",
+        "no_other_job, replace=False)\n",
+        "no_other_job, replace=True)\n",
         _VOTES,
     ),
     Mutation(

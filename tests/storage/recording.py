@@ -112,6 +112,16 @@ def has_direct_io(directory: str) -> bool:
     return True
 
 
+def drop_from_page_cache(path: Path) -> None:
+    """Let the next reads of a file go to the device."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def names_in(directory: Path) -> list[str]:
     return sorted(os.listdir(directory))
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tests.storage.recording import (
     RecordingFileOps,
+    drop_from_page_cache,
     has_direct_io,
     refuse_direct_at_open,
     refuse_direct_when_used,
@@ -32,15 +33,6 @@ def aligned_copy(data: bytes, shift: int = 0) -> memoryview:
     buffer = aligned_buffer(len(data) + shift)[shift:]
     buffer[:] = data
     return buffer
-
-
-def drop_from_page_cache(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
 
 
 def nothing_is_cached(real: Callable[..., Any], *arguments: Any) -> int:

@@ -113,6 +113,13 @@ def test_what_no_writer_writes_is_refused_checksum_or_not(data: bytes) -> None:
         decode_manifest(data)
 
 
+def test_a_digit_that_was_changed_is_told_by_the_checksum() -> None:
+    data = encode_manifest(manifest_of(2))
+    assert data.count(b'"size":1000') == 1
+    with pytest.raises(InvalidManifestError, match="checksum does not match"):
+        decode_manifest(data.replace(b'"size":1000', b'"size":1001'))
+
+
 def test_the_version_is_named() -> None:
     with pytest.raises(InvalidManifestError, match="its version is 2; this lastgood reads 1"):
         decode_manifest(encode_manifest(manifest_of(2, version=2)))

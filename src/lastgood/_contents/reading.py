@@ -10,10 +10,10 @@ from contextlib import closing
 from lastgood._contents.model import Contents, FileContents, SpreadTensor, StoredBytes, TensorInfo
 from lastgood._contents.shown import placement_text
 from lastgood._contents.torch_files import describe_torch_file
-from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, open_in_time
 from lastgood._memory import paused_garbage_collection
 from lastgood.errors import CheckpointNotFoundError, StorageError
-from lastgood.format.archive import Archive, open_archive
+from lastgood.format.archive import Archive
 from lastgood.format.commit import read_manifest
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.manifest import Manifest, absent_ranks, checkpoint_file, rank_of
@@ -111,7 +111,7 @@ def is_named(rank: int, save_id: str | None, nbytes: int, manifest: Manifest) ->
 def describe_file(storage: StorageBackend, path: str) -> FileContents:
     """What is in one file."""
     with closing(open_file(storage, path)) as file, paused_garbage_collection():
-        archive = open_archive(file)
+        archive = open_in_time(file)
         return describe_torch_file(file) if archive is None else describe_archive(archive)
 
 

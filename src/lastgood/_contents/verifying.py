@@ -6,11 +6,10 @@ from lastgood._contents.checking import Findings, verify_archive, verify_torch_f
 from lastgood._contents.manifest_check import ManifestCheck
 from lastgood._contents.model import VerifyReport
 from lastgood._contents.reading import local_storage, open_file, rank_files, require_file
-from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data
+from lastgood._loading.records import open_in_time
 from lastgood._memory import paused_garbage_collection
-from lastgood._threads import call_with_timeout
 from lastgood.errors import CorruptCheckpointError, StorageError
-from lastgood.format.archive import Archive, open_archive
+from lastgood.format.archive import Archive
 from lastgood.format.commit import read_manifest
 from lastgood.format.manifest import Manifest, absent_ranks, checkpoint_file, manifest_file
 from lastgood.storage.base import StorageBackend
@@ -72,9 +71,7 @@ def _verify_file(storage: StorageBackend, path: str, findings: Findings) -> Arch
     try:
         with closing(open_file(storage, path)) as file, paused_garbage_collection():
             findings.nbytes += file.size
-            archive = call_with_timeout(
-                lambda: open_archive(file), NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(path), name="open"
-            )
+            archive = open_in_time(file)
             if archive is None:
                 verify_torch_file(file, findings)
             else:

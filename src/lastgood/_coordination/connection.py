@@ -22,7 +22,6 @@ _ATTEMPT_SECS = 10.0
 """How long one attempt to connect gets, before it is looked whether rank 0 is still there."""
 
 _HERE = "localhost"
-_OTHER_DESCRIPTORS = 1024
 
 
 class StoreUnreachableError(Exception):
@@ -39,7 +38,7 @@ def serve(listener: socket.socket, world_size: int) -> Any:
     The socket stays the caller's: another process that has it may serve there when this one has ended.
     """
     # Every rank's connection takes one here.
-    if not allow_descriptors(world_size + _OTHER_DESCRIPTORS):
+    if not allow_descriptors(world_size):
         _events.logger.warning(
             "rank 0 meets its %d ranks by a connection each, and may not have so many files open; raise the hard limit "
             "(ulimit -Hn)",

@@ -1,4 +1,4 @@
-"""Rank 0 counts the votes of a save and publishes the manifest."""
+"""Rank 0 counts the votes of a save: the manifest follows from them."""
 
 import contextlib
 from collections.abc import Iterable
@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from lastgood._coordination.exchange import Exchange
 from lastgood._coordination.tables import forget_tables, table_key
 from lastgood.errors import BarrierTimeoutError
-from lastgood.format.epoch import Epoch, publishing
-from lastgood.format.manifest import Manifest, encode_manifest, manifest_file
+from lastgood.format.manifest import Manifest
 from lastgood.format.vote import tables_of, tally
-from lastgood.storage.base import StorageBackend
 
 _VOTES_AT_ONCE = 512
 
@@ -27,23 +25,6 @@ def count_votes(exchange: Exchange, world_size: int, save_id: str, tables: set[s
     tables.clear()
     tables.update(current)
     return manifest
-
-
-def publish_counted(
-    storage: StorageBackend, root: str, path: str, manifest: Manifest, epoch: Epoch, timeout_secs: float
-) -> None:
-    """Commit the checkpoint, unless another job has taken over."""
-    data = encode_manifest(manifest)
-    upload = storage.begin(manifest_file(path), len(data))
-    try:
-        upload.write_at(0, memoryview(data))
-        # What may take long, and be given up while it goes on, comes before the lock that shuts out other jobs.
-        upload.make_durable()
-        with publishing(storage, root, epoch, timeout_secs):
-            upload.commit(replace=False)
-    except BaseException:
-        upload.abort()
-        raise
 
 
 def _forget(exchange: Exchange, tables: Iterable[str]) -> None:

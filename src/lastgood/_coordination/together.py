@@ -19,7 +19,7 @@ from lastgood._coordination.connection import (
     StoreUnreachableError,
     serve,
 )
-from lastgood._coordination.counting import count_votes, publish_counted
+from lastgood._coordination.counting import count_votes
 from lastgood._coordination.departures import departed_of, has_any_departed, say_departed
 from lastgood._coordination.exchange import RANK_0_IS_GONE, Exchange, save_prefix
 from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, rank_list
@@ -27,8 +27,8 @@ from lastgood._coordination.tables import send_tables
 from lastgood.errors import BarrierTimeoutError, ConfigError, CorruptCheckpointError, LastgoodError, StorageError
 from lastgood.format.archive import open_archive
 from lastgood.format.commit import read_manifest
-from lastgood.format.epoch import Epoch, check_epoch, publishing
-from lastgood.format.manifest import checkpoint_file
+from lastgood.format.epoch import Epoch, check_epoch, publish, publishing
+from lastgood.format.manifest import checkpoint_file, encode_manifest, manifest_file
 from lastgood.format.vote import Ballot, ballot_of
 from lastgood.storage.base import StorageBackend
 
@@ -277,7 +277,8 @@ class SaveTogether:
     def _publish_manifest(self) -> None:
         assert self._epoch is not None, "rank 0 has begun the save"
         manifest = count_votes(self._exchange, self._world_size, self.save_id, self._tables)
-        publish_counted(self._storage, self._root, self._path, manifest, self._epoch, self._timeout_secs)
+        no_other_job = publishing(self._storage, self._root, self._epoch, self._timeout_secs)
+        publish(self._storage, manifest_file(self._path), encode_manifest(manifest), no_other_job, replace=False)
         # It is committed, whether or not the others can be told: they look for the manifest themselves then.
         self._is_told = True
         with contextlib.suppress(BarrierTimeoutError):

@@ -11,7 +11,7 @@ from lastgood._loading.foreign_into import load_foreign_into
 from lastgood._loading.merge import CheckKeys, Merge
 from lastgood._loading.opaque_values import OpaqueValues, load_opaque_values
 from lastgood._loading.pairs import Pairs, ask
-from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, check_rest, no_data, read_parts, read_whole
+from lastgood._loading.records import check_rest, open_in_time, read_parts, read_whole
 from lastgood._loading.spread import OneFile, Source, SpreadTarget, WholeTensors, check_targets, read_spread
 from lastgood._loading.targets import naming_undefined_targets
 from lastgood._loading.values import (
@@ -25,9 +25,8 @@ from lastgood._loading.values import (
     tensors_in,
 )
 from lastgood._memory import bytes_at, paused_garbage_collection
-from lastgood._threads import call_with_timeout
 from lastgood.errors import ConfigError, CorruptCheckpointError, StorageError, corrupt
-from lastgood.format.archive import Archive, open_archive
+from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import InvalidIndexError
 from lastgood.format.nodes import OpaqueNode, ShardedNode, TensorNode
@@ -56,9 +55,7 @@ def load_file(
     if mmap and (target is not None or verify_first):
         raise ConfigError("mmap=True maps the file and reads nothing: it goes with neither a target nor verify_first")
     with _events.phase("read", file.path, nbytes=file.size), paused_garbage_collection():
-        archive = call_with_timeout(
-            lambda: open_archive(file), NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(file.path), name="open"
-        )
+        archive = open_in_time(file)
         admit(archive)
         if archive is None:
             if target is not None:
@@ -117,7 +114,7 @@ def load_archive(
 
 def verify_file(file: StoredFile) -> None:
     """Check every byte of the file; raises :class:`~lastgood.errors.CorruptCheckpointError`."""
-    archive = open_archive(file)
+    archive = open_in_time(file)
     if archive is None:
         verify_foreign(file)
         return

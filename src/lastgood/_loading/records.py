@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from lastgood import _events
 from lastgood._memory import address_of, copy_memory, memory_at
-from lastgood._threads import run_all
+from lastgood._threads import call_with_timeout, run_all
 from lastgood.errors import CorruptCheckpointError, StorageError, corrupt
-from lastgood.format.archive import Archive
+from lastgood.format.archive import Archive, open_archive
 from lastgood.format.index import InvalidIndexError
 from lastgood.format.pickle_writer import encode_pickle
 from lastgood.format.read_plan import (
@@ -21,6 +21,7 @@ from lastgood.format.read_plan import (
 )
 from lastgood.format.spec import BLOCK_SIZE, crc32
 from lastgood.storage._direct_io import aligned_buffer
+from lastgood.storage.base import StoredFile
 
 READER_THREADS = 4
 """More than there are cores: while one waits for the device, another copies and checks."""
@@ -37,6 +38,13 @@ def no_data(path: str) -> StorageError:
         "on disk. Look at the file system, then load again.",
         path=path,
         phase="read",
+    )
+
+
+def open_in_time(file: StoredFile) -> Archive | None:
+    """:func:`~lastgood.format.archive.open_archive` of a file whose reads nobody else watches over."""
+    return call_with_timeout(
+        lambda: open_archive(file), NO_PROGRESS_TIMEOUT_SECS, lambda: no_data(file.path), name="open"
     )
 
 

@@ -257,18 +257,19 @@ def read_spread(targets: Sequence[SpreadTarget], source: Source, *, check: bool)
     """Fill the targets; returns for each archive (by identity) the records that were read as a whole."""
     by_archive: dict[int, tuple[Archive, list[tuple[torch.Tensor, TensorNode]]]] = {}
     shared: set[int] = set()
+    many_are_here = _ranks_here() >= _SHARED_FROM
     for tensor, node in _last_on_each_memory(targets):
-        is_wanted_by_others = _is_wanted_by_others(tensor)
+        may_be_shared = many_are_here and isinstance(node, ShardedNode)
         for region, memory in target_regions(tensor):
             for part in source.find(node, region):
                 inner = narrowed(memory, _minus(part.box.offsets, region.offsets), part.box.sizes)
                 _, pairs = by_archive.setdefault(id(part.archive), (part.archive, []))
                 pairs += _without_gaps(inner, part.node)
-                if isinstance(node, ShardedNode) and (is_wanted_by_others or _has_gaps(part.node)):
+                if may_be_shared and (_is_wanted_by_others(tensor) or _has_gaps(part.node)):
                     shared.add(id(part.archive))
     done = {}
     for archive, pairs in by_archive.values():
-        if id(archive) in shared and _ranks_here() >= _SHARED_FROM:
+        if id(archive) in shared:
             archive.file.expect_other_readers()
         read_pairs(archive, pairs, check=check)
         done[id(archive)] = {

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from lastgood._contents.model import FileContents
 from lastgood._contents.reading import describe_archive, local_storage, open_file
 from lastgood._contents.torch_files import describe_torch_file
-from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data, read_parts
+from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, no_data, open_in_time, read_parts
 from lastgood._memory import bytes_at, memory_at, paused_garbage_collection
 from lastgood._threads import run_all
 from lastgood.errors import ConfigError, corrupt
-from lastgood.format.archive import Archive, open_archive
+from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.index import InvalidIndexError
 from lastgood.format.mesh import Box
@@ -65,7 +65,7 @@ class TensorSource:
         self._file = open_file(local_storage(), path) if file is None else file
         try:
             with paused_garbage_collection():
-                self._archive = open_archive(self._file)
+                self._archive = open_in_time(self._file)
                 self.contents: FileContents = (
                     describe_torch_file(self._file) if self._archive is None else describe_archive(self._archive)
                 )

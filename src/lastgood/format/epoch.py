@@ -8,7 +8,7 @@ holds the lock alone. So nothing of a former job appears once its successor has 
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Annotated
 
 import msgspec
@@ -77,22 +77,28 @@ def take_epoch(storage: StorageBackend, root: str, job: str, timeout_secs: float
         if before is not None and before.job == job:
             return before.epoch
         epoch = 1 if before is None else before.epoch + 1
-        _publish_record(storage, root, Epoch(epoch, job))
+        body = msgspec.json.encode(Epoch(epoch, job))
+        data = msgspec.json.encode(_Sealed(crc32(body), msgspec.Raw(body))) + b"\n"
+        publish(storage, epoch_file(root), data, nullcontext(), replace=True)
         return epoch
     finally:
         lock.release()
 
 
-def _publish_record(storage: StorageBackend, root: str, epoch: Epoch) -> None:
-    """Not in one ``put``: one that is given up for being slow goes on, and would bring the record back over a later
-    job's. Here what is slow comes before the record has its name."""
-    body = msgspec.json.encode(epoch)
-    data = msgspec.json.encode(_Sealed(crc32(body), msgspec.Raw(body))) + b"\n"
-    write = storage.begin(epoch_file(root), len(data))
+def publish(
+    storage: StorageBackend, path: str, data: bytes, permission: AbstractContextManager[None], *, replace: bool
+) -> None:
+    """Write a small file whole; only its name comes while ``permission`` is held.
+
+    Not in one ``put``: one that is given up for being slow goes on, and would bring back the record of a former job
+    when its lock is free again. Here what may take long comes before that.
+    """
+    write = storage.begin(path, len(data))
     try:
         write.write_at(0, memoryview(data))
         write.make_durable()
-        write.commit()
+        with permission:
+            write.commit(replace=replace)
     except BaseException:
         write.abort()
         raise

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from lastgood.errors import ConfigError
 from lastgood.storage.file_ops import FileOps
 
+_OTHERS = 1024
+
 
 def allow_descriptors(count: int) -> bool:
-    """Raise what the system allows this process by default to ``count``; returns whether it lets it have so many."""
+    """Let this process have ``count`` files open besides the usual; returns whether the system allows so many."""
+    count += _OTHERS
     try:
         import resource  # not on every platform that torch is on
     except ImportError:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import ClassVar
 
+from tests.storage.recording import drop_from_page_cache
+
 from lastgood.errors import LastgoodError, StorageError
 from lastgood.storage._durable_write import is_temporary
 from lastgood.storage._file_lock import is_lock
@@ -73,13 +75,8 @@ def names(directory: Path) -> list[str]:
     return sorted(os.listdir(directory))
 
 
-def drop_from_page_cache(directory: Path) -> None:
+def drop_all_from_page_cache(directory: Path) -> None:
     """Let the next reads of the files below it go to the device."""
     for path in directory.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+            drop_from_page_cache(path)

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import logging
-import os
 import random
 import shutil
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.crash.faults.action import Action, Reported, drop_from_page_cache
+from tests.crash.faults.action import Action, Reported, drop_all_from_page_cache
 from tests.crash.faults.faults import (
     CHANGES,
     ERRORS,
@@ -29,6 +28,7 @@ from tests.crash.faults.faults import (
     Fault,
 )
 from tests.distributed.barrier_ranks import start
+from tests.helpers.asynchronous import open_files
 from tests.helpers.workers import PATIENCE_SECS
 
 from lastgood.errors import CorruptCheckpointError, LastgoodError
@@ -57,7 +57,7 @@ class Setting:
         """Where to act: a copy of what was prepared, if acting changes anything."""
         if self.action.only_reads:
             if self.is_cold:
-                drop_from_page_cache(template)
+                drop_all_from_page_cache(template)
             return template
         shutil.copytree(template, directory)
         return directory
@@ -268,13 +268,7 @@ def assert_threads_end(before: set[threading.Thread], stall: Stall | None = None
 
 def descriptors_below(root: Path) -> list[str]:
     """What this process has open there."""
-    found = []
-    for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # that of the folder itself
-            name = os.readlink(f"/proc/self/fd/{descriptor}")
-            if name.startswith(f"{root}/") or name == str(root):
-                found.append(name)
-    return found
+    return [name for name in open_files().values() if name.startswith(f"{root}/") or name == str(root)]
 
 
 def some(faults: Sequence[Fault], count: int, rng: random.Random) -> list[Fault]:

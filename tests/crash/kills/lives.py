@@ -243,6 +243,13 @@ class Sweep(abc.ABC):
     is_given_up = False
     """Another one has failed, and this one need not go on."""
 
+    def __init__(self, folder: Path, seed: str) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._seed = seed
+        self.missed: list[Stop] = []
+        """Where nobody came by in that life: it was ended some time later."""
+
     @abc.abstractmethod
     def go(self) -> None:
         """Carry them out; looks before each whether it is given up."""

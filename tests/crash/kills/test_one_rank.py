@@ -99,13 +99,9 @@ class SweepOfOne(Sweep):
     """Kills of a run of one rank."""
 
     def __init__(self, folder: Path, seed: str, kills: list[Kill]) -> None:
-        folder.mkdir()
-        self._folder = folder
+        super().__init__(folder, seed)
         self._run = Run(folder / "run")
-        self._seed = seed
         self._kills = kills
-        self.missed: list[Stop] = []
-        """Where nobody came by in that life: it was ended some time later."""
 
     def go(self) -> None:
         for number, (stop, victims) in enumerate(self._kills, 1):

@@ -256,12 +256,9 @@ class SweepOfThree(Sweep):
     """Kills of a run of three ranks; ``longest_secs`` is what the survivors of one took to be done with it."""
 
     def __init__(self, folder: Path, seed: str, kills: list[list[Kill]]) -> None:
-        folder.mkdir()
-        self._folder = folder
+        super().__init__(folder, seed)
         self._run = Run(folder / "run")
-        self._seed = seed
         self._kills = kills
-        self.missed: list[Stop] = []
         self.longest_secs = 0.0
 
     def go(self) -> None:

@@ -399,6 +399,23 @@ def test_hazard_29_a_job_that_was_replaced_after_its_last_vote_does_not_commit(
     assert_not_committed(tmp_path / "step-1")
 
 
+def test_hazard_06_a_manifest_that_another_has_published_meanwhile_is_not_replaced(
+    make_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, path = make_ranks(), tmp_path / "step-1"
+
+    def count_slowly(*arguments: Any) -> Any:
+        manifest = count_votes(*arguments)
+        (path / "manifest.json").write_bytes(b"another's")
+        return manifest
+
+    monkeypatch.setattr(together, "count_votes", count_slowly)
+    errors = ranks.save(path, 1)
+    assert isinstance(errors[0], CheckpointExistsError)
+    assert all("manifest.json" in str(error) for error in errors)
+    assert (path / "manifest.json").read_bytes() == b"another's"
+
+
 def test_hazard_29_a_manifest_whose_bytes_are_slow_to_be_durable_does_not_appear_after_a_takeover(
     make_ranks: Any, tmp_path: Path
 ) -> None:

@@ -289,6 +289,25 @@ def test_two_files_stuck_together_from_different_saves_are_refused(tmp_path: Pat
             refused(mixed)
 
 
+def test_a_changed_plain_value_is_found_by_a_load_of_any_key(small: Path) -> None:
+    """Which reads nothing but what that key needs."""
+    whole, records = small.read_bytes(), records_of(small)
+    [index] = [whole[slice(*span)] for name, span in records.items() if name.endswith("index.json")]
+    assert index.count(b'"step":17') == 1
+    small.write_bytes(whole.replace(index, index.replace(b'"step":17', b'"step":71')))
+    for key, value in (("step", 0), ("note", "")):
+        with pytest.raises(CorruptCheckpointError, match=r"index\.json does not match its checksum"):
+            lastgood.load(small, {key: value})
+
+
+def test_a_changed_checksum_is_told_from_a_damaged_tensor(small: Path) -> None:
+    with archive_of(small) as archive:
+        table = archive.layout.blocks.data_offset
+    flip(small, table)
+    with pytest.raises(CorruptCheckpointError, match="table of block checksums does not match its own checksum"):
+        lastgood.load(small, {"model": {"bias": None}})
+
+
 # Files of torch's
 
 

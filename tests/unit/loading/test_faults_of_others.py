@@ -10,7 +10,6 @@ import torch
 
 import lastgood
 from lastgood import CheckpointReader, RankInfo
-from lastgood._loading import file as file_loading
 from lastgood._loading import records
 from lastgood.checkpoint_reader import StorageInTime
 from lastgood.errors import StorageError
@@ -95,7 +94,6 @@ def test_a_storage_that_does_not_answer_is_given_up(
 ) -> None:
     lastgood.save({"w": torch.ones(3)}, tmp_path / "checkpoint_0.pt")
     monkeypatch.setattr(records, "NO_PROGRESS_TIMEOUT_SECS", 0.2)
-    monkeypatch.setattr(file_loading, "NO_PROGRESS_TIMEOUT_SECS", 0.2)
     over = threading.Event()
     reader = CheckpointReader(RankInfo(0, 1))
     reader._storage = StorageInTime(_Blocking(blocked, over), 0.2)
