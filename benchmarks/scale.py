@@ -29,8 +29,8 @@ TENSORS = (1_000, 10_000, 100_000)
 CLIENTS = (16, 64, 256)
 PARTS = ("save", "commit", "load", "store")
 
-MESSAGES_OF_RANK = 14
-MESSAGES_OF_RANK_0 = 20
+MESSAGES_OF_RANK = 11
+MESSAGES_OF_RANK_0 = 17
 """Beside those that fetch the votes."""
 
 MOST_PIECES = 2**18

@@ -280,9 +280,7 @@ class TCPStoreBarrier(Barrier):
         store, meeting = self._store, self._meeting(sequence)
         store.set(f"rank{self._rank}", str(sequence))
         self._arrive(sequence)
-        try:
-            meeting.wait(self._timeout_secs)
-        except dist.DistStoreError:
+        if not meeting.wait(self._timeout_secs):
             self._time_out(sequence)
         outcome = meeting.outcome()
         if outcome.reason is not None:

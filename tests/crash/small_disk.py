@@ -21,6 +21,11 @@ NOBODY = 65534
 
 def mount_small_disk(directory: str) -> str | None:
     """Mount 16 MiB of tmpfs that only this process sees; why that is not possible here, if it is not."""
+    return mount_for_this_process("-t", "tmpfs", "-o", "size=16m", "tmpfs", directory)
+
+
+def mount_for_this_process(*arguments: str) -> str | None:
+    """Mount something that only this process sees; why that is not possible here, if it is not."""
     user, group = os.getuid(), os.getgid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS if user == 0 else _CLONE_NEWNS | _CLONE_NEWUSER) != 0:
@@ -29,7 +34,7 @@ def mount_small_disk(directory: str) -> str | None:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    for command in (["mount", "--make-rprivate", "/"], ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", directory]):
+    for command in (["mount", "--make-rprivate", "/"], ["mount", *arguments]):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         if done.returncode != 0:
             return done.stderr

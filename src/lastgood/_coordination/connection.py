@@ -28,10 +28,6 @@ class StoreUnreachableError(Exception):
     """The store does not answer, or its connection broke: who served it has ended, or is cut off."""
 
 
-class StoreTimeoutError(Exception):
-    """The store is well; what was waited for in it did not come."""
-
-
 def serve(listener: socket.socket, world_size: int) -> Any:
     """Serve a store at the address that ``listener`` listens at, for as long as what is returned lives.
 
@@ -118,8 +114,6 @@ class Connection:
 
         try:
             return call_with_timeout(lambda: use(store), timeout_secs + ANSWER_SECS, no_answer, name="store")
-        except dist.DistStoreError as error:
-            raise StoreTimeoutError(first_line(error)) from error
         except dist.DistError as error:
             self._store = None
             raise StoreUnreachableError(

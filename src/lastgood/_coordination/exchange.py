@@ -1,11 +1,10 @@
 """What one rank of one save says to the store and asks of it, with errors that say what is still safe."""
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
-from lastgood._coordination.connection import Connection, StoreTimeoutError, StoreUnreachableError
-from lastgood._coordination.meeting import Meeting, rank_list
+from lastgood._coordination.connection import Connection, StoreUnreachableError
+from lastgood._coordination.meeting import Meeting, rank_list, wait_for
 from lastgood.errors import BarrierTimeoutError
 
 RANK_0_IS_GONE = "; rank 0's checkpoint process, or rank 0 itself, has ended or is cut off"
@@ -36,19 +35,13 @@ class Exchange:
         """What ``use`` makes of the store, within the save's time-out or another one."""
         try:
             return self._connection.call(use, self.timeout_secs if timeout_secs is None else timeout_secs)
-        except (StoreUnreachableError, StoreTimeoutError) as error:
+        except StoreUnreachableError as error:
             raise self._broken(error) from error
 
     def came(self, key: str, timeout_secs: float | None = None) -> bool:
         """Wait until something is in the store; whether it came in time."""
         limit = self.timeout_secs if timeout_secs is None else timeout_secs
-        try:
-            self._connection.call(lambda store: store.wait([key], timedelta(seconds=limit)), limit)
-        except StoreTimeoutError:
-            return False
-        except StoreUnreachableError as error:
-            raise self._broken(error) from error
-        return True
+        return bool(self.ask(lambda store: wait_for(store, key, limit, self._world_size), limit))
 
     def meeting(self, store: Any) -> Meeting:
         """That of all ranks for this save."""
@@ -71,7 +64,7 @@ class Exchange:
             phase="commit",
         )
 
-    def _broken(self, error: StoreUnreachableError | StoreTimeoutError) -> BarrierTimeoutError:
+    def _broken(self, error: StoreUnreachableError) -> BarrierTimeoutError:
         self.is_cut_off = True
         return self.error(f"{error}{RANK_0_IS_GONE}", (0,))
 

@@ -15,7 +15,6 @@ from lastgood._coordination.calls import Coordination, SaveCall, SaveCalls, hold
 from lastgood._coordination.connection import (
     ANSWER_SECS,
     Connection,
-    StoreTimeoutError,
     StoreUnreachableError,
     serve,
 )
@@ -36,8 +35,8 @@ ReplicaChecksums = Callable[[], Sequence[int]]
 """Gives the CRC-32s of the tensors that have to be the same on all ranks, in the order of their names."""
 
 _FAREWELL_SECS = 5.0
-_FIRST_LOOK_SECS = 5.0
-"""After so long for the first time, and then ever more seldom: torch logs each wait that ends without what came."""
+_FIRST_LOOK_SECS = 1.0
+"""For ranks that have departed: after so long for the first time, and then ever more seldom, for all ranks ask."""
 
 _SAVES_REMEMBERED = 64
 _GIVEN_UP = "given up"
@@ -82,7 +81,7 @@ class Coordinator:
             if not self._connection.is_open:
                 self._connection.open(ANSWER_SECS)
             self._connection.call(lambda store: say_departed(store, self.coordination.rank), ANSWER_SECS)
-        except (StoreUnreachableError, StoreTimeoutError) as failure:
+        except StoreUnreachableError as failure:
             _events.logger.info("could not tell the other ranks that this one's trainer has ended: %s", failure)
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 from lastgood import _events
 from lastgood._coordination.calls import Coordination, SaveCall, SaveCalls, hold_epoch, root_of
-from lastgood._coordination.connection import ANSWER_SECS, Connection, StoreTimeoutError, StoreUnreachableError
+from lastgood._coordination.connection import ANSWER_SECS, Connection, StoreUnreachableError
 from lastgood._coordination.meeting import Outcome
 from lastgood._coordination.together import give_up_in, given_up_by, hear_in, is_decided_in
 from lastgood._threads import start_daemon
@@ -72,5 +72,5 @@ class TrainerVotes:
             if coordination.rank != 0:
                 connection.call(lambda store: hear_in(store, call.save_id, coordination.world_size), ANSWER_SECS)
             self._calls.told(call)
-        except (StoreUnreachableError, StoreTimeoutError) as failure:
+        except StoreUnreachableError as failure:
             _events.logger.info("could not tell the other ranks that %s: %s", outcome.reason, failure)
