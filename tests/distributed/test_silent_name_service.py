@@ -22,7 +22,7 @@ _WAIT_SECS = 0.5
 
 
 def wait_among_nameless(directory: str) -> dict[str, Any]:
-    """What ranks 0 and 2 of 3 were told, and how long they waited, when nobody says any more what addresses are called."""
+    """What ranks 0 and 2 of 3 were told, and how long they waited, where addresses have no names any more."""
     configuration = Path(directory, "resolv.conf")
     configuration.write_text(f"nameserver {_NAME_SERVER[0]}\noptions timeout:{_SILENCE_SECS} attempts:1\n")
     skip = mount_for_this_process("--bind", str(configuration), "/etc/resolv.conf")

@@ -47,7 +47,9 @@ def mutated(mutation: Mutation) -> str:
 
 def run_tests(source: Path, tests: Sequence[str], base: Path) -> tuple[int, str]:
     """Pytest's status and what it printed, for these tests on the package below ``source``."""
-    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    # A copy's lines are not the source's: nobody measures which of them were run.
+    unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    environment = {**unmeasured, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", f"--basetemp={base}"]
     ended = subprocess.run(
         [*command, *tests],
