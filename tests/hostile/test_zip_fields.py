@@ -98,10 +98,6 @@ def test_every_byte_of_a_trailer_is_as_it_has_to_be(reader: Reader, sample: GetS
             check_ours(reader, found, "checkpoint_0.pt", data)
 
 
-@pytest.mark.xfail(
-    reason="not mended yet: 'lastgood verify' does not look at all the counts and sizes for which torch refuses a zip",
-    strict=True,
-)
 def test_what_torch_does_not_load_is_not_called_whole(reader: Reader, sample: GetSample) -> None:
     found = sample("torch zip")
     whole = found.whole["checkpoint_0.pt"]

@@ -174,13 +174,12 @@ class StoragePool:
         """The tensor of this node, on memory that it shares with the others of its storage."""
         given = self._given.get(node.storage)
         if given is not None:
-            return with_flags(_view(given, 0, node), node.flags)
+            return tensor_on(given, 0, node)
         holding = self._holdings[node.storage]
-        tensor = holding.tensor
-        if tensor is None:
-            assert holding.storage is not None  # allocate() has run
-            tensor = _view(holding.storage, holding.start, node)
-        return with_flags(tensor, node.flags)
+        if holding.tensor is not None:
+            return with_flags(holding.tensor, node.flags)
+        assert holding.storage is not None  # allocate() has run
+        return tensor_on(holding.storage, holding.start, node)
 
 
 def byte_range(node: TensorNode) -> tuple[int, int]:
@@ -205,10 +204,12 @@ def _is_whole_tensor(holding: _Holding) -> bool:
     return holding.users == 1 and holding.start < holding.end and node.stride == contiguous_stride(node.shape)
 
 
-def _view(storage: torch.UntypedStorage, first_byte: int, node: TensorNode) -> torch.Tensor:
+def tensor_on(storage: torch.UntypedStorage, first_byte: int, node: TensorNode) -> torch.Tensor:
+    """The tensor of ``node`` in memory whose first byte is ``first_byte`` of what was saved (negative: before it)."""
     dtype = _TORCH_DTYPES[node.dtype]
     offset = node.offset - first_byte // dtype.itemsize if 0 not in node.shape else 0
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, node.shape, node.stride)
+    tensor = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, node.shape, node.stride)
+    return with_flags(tensor, node.flags)
 
 
 def with_flags(tensor: torch.Tensor, flags: str) -> torch.Tensor:

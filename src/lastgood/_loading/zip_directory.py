@@ -13,6 +13,9 @@ from lastgood.storage.base import StoredFile
 
 _LOCAL_SIGNATURE = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+_ENTRY_SIGNATURE = b"PK\x01\x02"
+_ENTRY_SIZE = 46
+_ENTRY_SIZES, _ENTRY_SIZES_OFFSET = struct.Struct("<HHH"), 28  # of its name, its extra field and its comment
 _END_64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4sHHHHIIH")
@@ -42,7 +45,8 @@ def read_directory(file: StoredFile) -> dict[str, ZipRecord]:
     Raises :class:`~lastgood.errors.CorruptCheckpointError` unless all lie in the file and apart from each other, and
     :class:`~lastgood.errors.UnsafeCheckpointError` for what ``torch.save`` never writes.
     """
-    count, directory_offset = _find_directory(file)
+    count, size, directory_offset = _find_directory(file)
+    _require_entries(file, count, size, directory_offset)
     try:
         with zipfile.ZipFile(_Reader(file)) as archive:
             infos = archive.infolist()
@@ -50,8 +54,6 @@ def read_directory(file: StoredFile) -> dict[str, ZipRecord]:
         raise corrupt(file.path, f"its zip directory cannot be read: {error}") from error
     if any(f"/{LASTGOOD_DIRECTORY}" in f"/{info.filename}" for info in infos):
         raise corrupt(file.path, "lastgood wrote it, but the trailer that leads to its index cannot be read")
-    if len(infos) != count:
-        raise corrupt(file.path, f"its zip directory announces {count} records and holds {len(infos)}")
     records = [_read_record(file, info) for info in infos]
     by_name = {record.name.lower(): record for record in records}
     if len(by_name) != len(records):
@@ -66,30 +68,52 @@ def read_directory(file: StoredFile) -> dict[str, ZipRecord]:
     return by_name
 
 
-def _find_directory(file: StoredFile) -> tuple[int, int]:
-    """How many records the directory has and where it begins, from the end of the file, which must be its end."""
+def _find_directory(file: StoredFile) -> tuple[int, int, int]:
+    """How many records the directory has, its size and where it begins, from the end of the file.
+
+    That must be the archive's end, too.
+    """
     end_offset = file.size - _END.size
     cut = corrupt(file.path, "it does not end as a zip archive does: it was cut off, or something was appended to it")
     if end_offset < 0:
         raise cut
-    signature, _, _, _, count, size, offset, comment = _END.unpack(_read(file, end_offset, _END.size))
+    signature, *disks, here, count, size, offset, comment = _END.unpack(_read(file, end_offset, _END.size))
     if signature != b"PK\x05\x06" or comment:
         raise cut
+    spread = corrupt(file.path, "a part of its zip directory is said to be on another disk")
+    if any(disks) or here != count:
+        raise spread
     locator_offset = end_offset - _LOCATOR.size
     locator = _read(file, locator_offset, _LOCATOR.size) if locator_offset >= 0 else b""
     if locator.startswith(b"PK\x06\x07"):
         short = (count, size, offset)
         end_offset = locator_offset - _END_64.size
-        if end_offset < 0 or _LOCATOR.unpack(locator)[2] != end_offset:
+        _, disk, locator_offset, disk_count = _LOCATOR.unpack(locator)
+        if end_offset < 0 or locator_offset != end_offset:
             raise cut
-        signature, length, *_, count, size, offset = _END_64.unpack(_read(file, end_offset, _END_64.size))
+        end_64 = _END_64.unpack(_read(file, end_offset, _END_64.size))
+        signature, length, _, _, *disks, here, count, size, offset = end_64
+        if disk or disk_count != 1 or any(disks) or here != count:
+            raise spread
         if signature != b"PK\x06\x06" or length != _END_64.size - 12:
             raise cut
         if any(a not in (b, limit) for a, b, limit in zip(short, (count, size, offset), _SATURATED, strict=True)):
             raise corrupt(file.path, "the two ends of its zip directory say different things")
     if offset + size != end_offset:
         raise cut
-    return count, offset
+    return count, size, offset
+
+
+def _require_entries(file: StoredFile, count: int, size: int, offset: int) -> None:
+    """The directory is as many entries as it announces, one after the other, and nothing else."""
+    directory = _read(file, offset, size)
+    position = 0
+    for _ in range(count):
+        if directory[position : position + 4] != _ENTRY_SIGNATURE or position + _ENTRY_SIZE > size:
+            raise corrupt(file.path, f"its zip directory announces {count} records and does not hold them")
+        position += _ENTRY_SIZE + sum(_ENTRY_SIZES.unpack_from(directory, position + _ENTRY_SIZES_OFFSET))
+    if position != size:
+        raise corrupt(file.path, f"its zip directory announces {size} bytes and its records take {position}")
 
 
 def _read_record(file: StoredFile, info: zipfile.ZipInfo) -> ZipRecord:
