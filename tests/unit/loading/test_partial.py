@@ -461,6 +461,21 @@ def test_large_targets_of_other_strides_are_filled_in_parts(file: Path, monkeypa
             assert torch.equal(target[name], tensor), (name, order)
 
 
+@pytest.mark.parametrize("batch_size", [1 << 20, 3_000_001, pair_loading.STAGED_BYTES])
+def test_large_views_that_begin_and_end_anywhere_are_read_in_whole_blocks_and_copied(
+    file: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    monkeypatch.setattr(pair_loading, "STAGED_BYTES", batch_size)
+    base = numbers(700, 1501)
+    views = {"columns": base[:, 7:800], "rows": base[13:650, ::3], "end": base[300:, 1:], "few": base[5:9, 3:6]}
+    half = numbers(1_300_000).to(torch.bfloat16)
+    state = saved(file, {"base": base, **views, "half": half[3:1_281_003].view(-1, 61).t()})
+    target = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items()}
+    lastgood.load(file, target)
+    for name, tensor in state.items():
+        assert torch.equal(target[name], tensor), name
+
+
 # What is read
 
 
