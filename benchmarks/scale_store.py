@@ -32,7 +32,7 @@ sys.stdin.read()
 class CountingStore:
     """A store that counts the messages which go to it, and the bytes of the values in them.
 
-    Not what a rank asks while it waits, which depends on how long it waits and is bounded for all ranks together.
+    Not what a rank asks while it waits (:func:`wait_until`): that depends on how long it waits.
     """
 
     def __init__(self, store: Any) -> None:
@@ -40,11 +40,15 @@ class CountingStore:
         self.messages = 0
         self.sent: Counter[str] = Counter()
 
+    def has(self, key: str) -> bool:
+        """Whether something is in the store; not counted."""
+        return bool(self._store.check([key]))
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         call = getattr(self._store, name)
 
         def counted(*arguments: Any) -> Any:
-            self.messages += name != "check"
+            self.messages += 1
             if name == "set":
                 self.sent[arguments[0].split("/")[0]] += len(arguments[1])
             return call(*arguments)
@@ -137,11 +141,17 @@ def _run_ranks(found: Round, stores: list[CountingStore], votes: list[bytes], ta
         thread.join()
 
 
-def vote(store: Any, rank: int, world_size: int, ballot: bytes, table: bytes) -> None:
+def wait_until(store: CountingStore, key: str, world_size: int) -> None:
+    """Wait as a rank does."""
+    if not wait_for(lambda _: store.has(key), _PATIENCE_SECS, world_size):
+        raise TimeoutError(f"{key} did not come within {_PATIENCE_SECS} s")
+
+
+def vote(store: CountingStore, rank: int, world_size: int, ballot: bytes, table: bytes) -> None:
     """What a rank says to the store until all have voted."""
     meeting = Meeting(store, "save/1", rank, world_size)
     if rank:
-        wait_for(store, meeting.key("opened"), _PATIENCE_SECS, world_size)
+        wait_until(store, meeting.key("opened"), world_size)
         store.get(meeting.key("opened"))
     else:
         store.set(meeting.key("opened"), "{}")
@@ -149,15 +159,15 @@ def vote(store: Any, rank: int, world_size: int, ballot: bytes, table: bytes) ->
     store.set(meeting.key("vote", rank), ballot)
     if meeting.arrive() == world_size:
         meeting.decide(ALL_CAME)
-    meeting.wait(_PATIENCE_SECS)
+    wait_until(store, meeting.key("decided"), world_size)
     meeting.outcome()
 
 
-def finish(store: Any, rank: int, world_size: int) -> None:
+def finish(store: CountingStore, rank: int, world_size: int) -> None:
     """What a rank says to it from then on."""
     meeting = Meeting(store, "save/1", rank, world_size)
     if rank:
-        wait_for(store, meeting.key("result"), _PATIENCE_SECS, world_size)
+        wait_until(store, meeting.key("result"), world_size)
         store.get(meeting.key("result"))
         store.add(meeting.key("heard"), 1)
         return

@@ -7,6 +7,7 @@ its own, beside the training's collectives. Others are added with :func:`registe
 import abc
 import inspect
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from lastgood._coordination.connection import first_line
-from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, rank_list
+from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, rank_list, wait_for
 from lastgood._threads import call_with_timeout
 from lastgood.errors import BarrierTimeoutError, ConfigError
 
@@ -63,6 +64,7 @@ class BarrierConfig:
     barrier_args: dict[str, Any] = field(default_factory=dict)
 
 
+Answer = TypeVar("Answer")
 BarrierClass = TypeVar("BarrierClass", bound=type)
 
 BARRIER_REGISTRY: dict[str, type] = {}
@@ -196,6 +198,7 @@ class TCPStoreBarrier(Barrier):
         come. Raises :class:`~lastgood.errors.ConfigError` when another process has been here as this rank.
         """
         sequence = self._next_sequence()
+        deadline = time.monotonic() + self._timeout_secs + _ANSWER_SECS
 
         def no_answer() -> BarrierTimeoutError:
             return self._error(
@@ -204,10 +207,16 @@ class TCPStoreBarrier(Barrier):
                 f"{self._timeout_secs:g} s. Rank 0 is stopped or cut off, or a rank died in the very moment of meeting",
             )
 
+        def in_time(ask: Callable[[], Answer]) -> Answer:
+            left_secs = max(0.0, deadline - time.monotonic())
+            return call_with_timeout(ask, left_secs, no_answer, name="barrier")
+
         try:
-            call_with_timeout(
-                lambda: self._meet(sequence), self._timeout_secs + _ANSWER_SECS, no_answer, name="barrier"
-            )
+            in_time(lambda: self._come(sequence))
+            meeting = self._meeting(sequence)
+            if not wait_for(lambda _: in_time(lambda: meeting.is_decided), self._timeout_secs, self._world_size):
+                in_time(lambda: self._time_out(sequence))
+            in_time(lambda: self._leave(sequence))
         except dist.DistStoreError as error:
             raise no_answer() from error
         except dist.DistError as error:
@@ -276,13 +285,13 @@ class TCPStoreBarrier(Barrier):
         self._sequence += 1
         return sequence
 
-    def _meet(self, sequence: int) -> None:
-        store, meeting = self._store, self._meeting(sequence)
-        store.set(f"rank{self._rank}", str(sequence))
+    def _come(self, sequence: int) -> None:
+        self._store.set(f"rank{self._rank}", str(sequence))
         self._arrive(sequence)
-        if not meeting.wait(self._timeout_secs):
-            self._time_out(sequence)
-        outcome = meeting.outcome()
+
+    def _leave(self, sequence: int) -> None:
+        """Once the meeting is decided; with all others, if it took place."""
+        outcome = self._meeting(sequence).outcome()
         if outcome.reason is not None:
             raise self._error(sequence, outcome.reason, outcome.missing)
         if sequence > 0:

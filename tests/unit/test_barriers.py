@@ -272,6 +272,15 @@ def test_hazard_27_barrier_timeout_is_applied(port):
         assert "earlier ones are untouched" in str(error)
 
 
+def test_a_rank_that_is_late_never_meets_torchs_own_wait(three_ranks, monkeypatch):
+    """When that ends, it asks the name service who the other end is, however long this may take."""
+    monkeypatch.setattr(dist.TCPStore, "wait", MagicMock(side_effect=AssertionError("torch waits")))
+    monkeypatch.setattr(three_ranks[0], "_timeout_secs", 0.3)
+    for error in meet([three_ranks[0], three_ranks[2]]):
+        assert isinstance(error, BarrierTimeoutError)
+        assert error.missing_ranks == (1,)
+
+
 def test_after_a_timeout_latecomers_fail_at_once_and_the_next_meeting_works(three_ranks, monkeypatch):
     monkeypatch.setattr(three_ranks[0], "_timeout_secs", 0.3)
     # Rank 2 would wait ten minutes: that rank 0 gave up must reach it.

@@ -41,7 +41,11 @@ class Exchange:
     def came(self, key: str, timeout_secs: float | None = None) -> bool:
         """Wait until something is in the store; whether it came in time."""
         limit = self.timeout_secs if timeout_secs is None else timeout_secs
-        return bool(self.ask(lambda store: wait_for(store, key, limit, self._world_size), limit))
+        return wait_for(lambda left: self.has(key, left), limit, self._world_size)
+
+    def has(self, key: str, timeout_secs: float) -> bool:
+        """Whether something is in the store, which gets so long to say it."""
+        return bool(self.ask(lambda store: store.check([key]), timeout_secs))
 
     def meeting(self, store: Any) -> Meeting:
         """That of all ranks for this save."""

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,13 @@ _GIVEN_UP = "given up"
 _SHORTEST_PAUSE_SECS, _LONGEST_PAUSE_SECS = 0.001, 0.05
 _PAUSE_PER_WAITED = 1 / 8
 _LOOKS_PER_SEC = 5000
-"""Of all ranks together, at most: a fifth of what a store answers on two cores that it shares with its clients."""
+"""Of all ranks together, at most, while they wait: less than half of what a store answers (docs/scale.md)."""
 
 
 class Meeting:
     """A rank's view of one meeting, whose keys in ``store`` begin with ``prefix``.
 
-    Raises what the store raises; only :meth:`wait` waits.
+    Raises what the store raises. Nothing here waits, as long as :meth:`outcome` is asked for when there is one.
     """
 
     def __init__(self, store: Any, prefix: str, rank: int, world_size: int) -> None:
@@ -61,21 +61,18 @@ class Meeting:
         return int(self._store.add(self.key("number"), 1))
 
     def decide(self, outcome: Outcome) -> None:
-        """Fix the outcome for all ranks, unless it has been fixed before, and wake those that wait for it."""
+        """Fix the outcome for all ranks, unless it has been fixed before."""
         if outcome.reason is not None:
             # If two give up at once, either reason is as good.
             self._store.set(self.key("account"), outcome.encode())
         self._store.compare_set(self.key("outcome"), "", _ALL_CAME if outcome.reason is None else _GIVEN_UP)
-        # Not every backend of the store wakes waiters at compare_set.
+        # Looked for by those that wait, who then find the outcome and the account that go before it.
         self._store.add(self.key("decided"), 1)
 
     @property
     def is_decided(self) -> bool:
+        """Whether there is an outcome."""
         return bool(self._store.check([self.key("decided")]))
-
-    def wait(self, timeout_secs: float) -> bool:
-        """Whether there is an outcome within so long."""
-        return wait_for(self._store, self.key("decided"), timeout_secs, self._world_size)
 
     def outcome(self) -> Outcome:
         """That which was decided."""
@@ -106,22 +103,28 @@ class Meeting:
             self._store.delete_key(self.key(what))
 
 
-def wait_for(store: Any, key: str, timeout_secs: float, world_size: int) -> bool:
-    """Whether ``key`` comes to the store within so long; all ``world_size`` ranks may wait for it at the same time.
+def wait_for(look: Callable[[float], bool], timeout_secs: float, world_size: int) -> bool:
+    """Whether ``look`` finds within so long what is waited for; it is told how many seconds are left.
 
     Looks again and again, ever less often the longer it has waited, and the less often the more ranks there are. The
     store's own wait has no bound: when its time is over, torch warns, and for the warning asks the name service what
-    both ends are called, which takes five seconds and more a time wherever nobody answers that.
+    both ends are called, which takes five seconds or more each time wherever nobody answers that.
     """
-    shortest = max(_SHORTEST_PAUSE_SECS, world_size / _LOOKS_PER_SEC)
-    longest = max(_LONGEST_PAUSE_SECS, shortest)
     begun = time.monotonic()
-    while not store.check([key]):
+    while True:
         waited = time.monotonic() - begun
+        if look(max(0.0, timeout_secs - waited)):
+            return True
         if waited >= timeout_secs:
             return False
-        time.sleep(min(max(waited * _PAUSE_PER_WAITED, shortest), longest, timeout_secs - waited))
-    return True
+        left = timeout_secs - (time.monotonic() - begun)
+        time.sleep(max(0.0, min(pause_after(waited, world_size), left)))
+
+
+def pause_after(waited_secs: float, world_size: int) -> float:
+    """How long a rank that has waited so long, with all others, leaves the store in peace, in seconds."""
+    shortest = max(_SHORTEST_PAUSE_SECS, world_size / _LOOKS_PER_SEC)
+    return max(shortest, min(waited_secs * _PAUSE_PER_WAITED, _LONGEST_PAUSE_SECS))
 
 
 def rank_list(ranks: Sequence[int], at_most: int = 16) -> str:

@@ -21,7 +21,7 @@ from lastgood._coordination.connection import (
 from lastgood._coordination.counting import count_votes
 from lastgood._coordination.departures import departed_of, has_any_departed, say_departed
 from lastgood._coordination.exchange import RANK_0_IS_GONE, Exchange, save_prefix
-from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, rank_list
+from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, pause_after, rank_list, wait_for
 from lastgood._coordination.tables import send_tables
 from lastgood.errors import BarrierTimeoutError, ConfigError, CorruptCheckpointError, LastgoodError, StorageError
 from lastgood.format.archive import open_archive
@@ -35,8 +35,8 @@ ReplicaChecksums = Callable[[], Sequence[int]]
 """Gives the CRC-32s of the tensors that have to be the same on all ranks, in the order of their names."""
 
 _FAREWELL_SECS = 5.0
-_FIRST_LOOK_SECS = 1.0
-"""For ranks that have departed: after so long for the first time, and then ever more seldom, for all ranks ask."""
+_FIRST_COUNT_SECS = 1.0
+"""After so long for the first time, and then ever more seldom, it is asked who has departed: all ranks ask."""
 
 _SAVES_REMEMBERED = 64
 _GIVEN_UP = "given up"
@@ -226,16 +226,23 @@ class SaveTogether:
 
     def _was_decided_in_time(self) -> bool:
         """Wait for the votes of all ranks; one whose trainer has ended without asking for this save decides it."""
-        deadline = time.monotonic() + self._timeout_secs
-        pause = _FIRST_LOOK_SECS
-        while (left := deadline - time.monotonic()) > 0:
-            if self._exchange.came(self._exchange.key("decided"), min(left, pause)):
+        begun, next_count_secs = time.monotonic(), _FIRST_COUNT_SECS
+
+        def is_decided(left_secs: float) -> bool:
+            nonlocal next_count_secs
+            if self._exchange.has(self._exchange.key("decided"), left_secs):
                 return True
-            pause *= 2
-            departed = self._exchange.ask(self._departed_without_vote, ANSWER_SECS)
-            if departed:
-                self._give_up(Outcome(f"{rank_list(departed)} ended, and had not asked for this save", departed))
-        return False
+            if time.monotonic() - begun >= next_count_secs:
+                next_count_secs *= 2
+                self._give_up_if_any_has_departed(left_secs)
+            return False
+
+        return wait_for(is_decided, self._timeout_secs, self._world_size)
+
+    def _give_up_if_any_has_departed(self, timeout_secs: float) -> None:
+        departed = self._exchange.ask(self._departed_without_vote, timeout_secs)
+        if departed:
+            self._give_up(Outcome(f"{rank_list(departed)} ended, and had not asked for this save", departed))
 
     def _departed_without_vote(self, store: Any) -> tuple[int, ...]:
         # In this order: whoever is found to have departed first, and then to be missing, votes no more.
@@ -350,7 +357,9 @@ class SaveTogether:
         if self._rank != 0 or not self._is_open or self._world_size == 1:
             return
         with contextlib.suppress(BarrierTimeoutError):
-            self._exchange.came(self._exchange.key("all heard"), _FAREWELL_SECS)
+            # The others hear when they look the next time.
+            longest = _FAREWELL_SECS + 2 * pause_after(0, self._world_size)
+            wait_for(lambda left: self._exchange.has(self._exchange.key("all heard"), left), longest, 1)
 
     # Words
 

@@ -11,12 +11,17 @@ from lastgood._loading.values import StoragePool, byte_range, tensor_on
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.nodes import OpaqueNode, TensorNode
-from lastgood.format.read_plan import Request
+from lastgood.format.read_plan import DIRECT_FROM, Request
 from lastgood.format.spec import BLOCK_SIZE
 from lastgood.storage._direct_io import aligned_buffer, round_up
 
 STAGED_BYTES = 16 * 1024 * 1024
-"""Tensors that cannot be read straight into their targets pass through memory in batches of at most this size."""
+"""Tensors that cannot be read straight into their targets pass through memory in pieces and batches of this size."""
+
+_KEPT_BYTES = STAGED_BYTES + 2 * BLOCK_SIZE
+"""With what a piece's first and last block hold beside it."""
+
+_SMALL_ALIGNMENT = 64
 
 
 class Pairs:
@@ -64,61 +69,76 @@ def _mark_changed(tensors: list[torch.Tensor]) -> None:
 def _load_staged(
     archive: Archive, staged: list[tuple[torch.Tensor, TensorNode | OpaqueNode]], opaque: Any, *, check: bool
 ) -> None:
-    """Fill the targets that need a copy (on a device, of other strides) through batches of bounded size."""
-    scratch = _Scratch()
-    batch: list[tuple[torch.Tensor, TensorNode]] = []
-    size = 0
+    """Fill the targets that need a copy (on a device, of other strides), in their order, in batches of bounded size."""
+    batch = _Batch(archive, check)
     for tensor, node in staged:
         if isinstance(node, OpaqueNode):
+            batch.load()
             copy_into(tensor, opaque(node))
-            continue
-        for piece, piece_node in in_pieces(tensor, node, STAGED_BYTES):
-            needed = _room_for(_range_to_read(archive, piece_node))
-            if size + needed > STAGED_BYTES:
-                _load_batch(archive, batch, scratch.of(size), check=check)
-                batch, size = [], 0
-            batch.append((piece, piece_node))
-            size += needed
-    _load_batch(archive, batch, scratch.of(size), check=check)
+        else:
+            for piece, piece_node in in_pieces(tensor, node, STAGED_BYTES):
+                batch.add(piece, piece_node)
+    batch.load()
 
 
-class _Scratch:
-    """Memory that one batch after the other passes through: to touch new pages each time takes longer than to read."""
+class _Batch:
+    """Pieces that are read into memory together and copied from there, batch after batch.
 
-    def __init__(self) -> None:
-        self._storage = torch.empty(0, dtype=torch.uint8).untyped_storage()
+    All batches use the same memory: to touch new pages takes longer than to read into them.
+    """
 
-    def of(self, size: int) -> torch.UntypedStorage:
-        """At least ``size`` bytes; what was there before is lost."""
-        if self._storage.nbytes() < size:
-            self._storage = torch.frombuffer(aligned_buffer(size), dtype=torch.uint8).untyped_storage()
-        return self._storage
+    def __init__(self, archive: Archive, check: bool) -> None:
+        self._archive = archive
+        self._check = check
+        self._pieces: list[tuple[torch.Tensor, TensorNode]] = []
+        self._size = 0
+        self._memory = _new_memory(0)
+
+    def add(self, target: torch.Tensor, node: TensorNode) -> None:
+        """Load a piece with this batch, or with the next one if this is full."""
+        size = self._place_size(node)
+        if self._pieces and self._size + size > STAGED_BYTES:
+            self.load()
+        self._pieces.append((target, node))
+        self._size += size
+
+    def load(self) -> None:
+        """Read and copy what there is, and begin a new batch."""
+        memory = self._memory_for(self._size)
+        requests: list[Request] = []
+        values = []
+        place = 0
+        for _, node in self._pieces:
+            start, end = self._range_of(node)
+            requests.append(Request(FIRST_STORAGE + node.storage, start, end, memory.data_ptr() + place))
+            values.append(tensor_on(memory, start - place, node))
+            place += self._place_size(node)
+        read_parts(self._archive, requests, check=self._check, owner=memory)
+        for (target, _), value in zip(self._pieces, values, strict=True):
+            copy_into(target, value)
+        self._pieces, self._size = [], 0
+
+    def _range_of(self, node: TensorNode) -> tuple[int, int]:
+        """Which bytes of its storage to read; of large ones that are checked whole blocks, for they are read anyway."""
+        start, end = byte_range(node)
+        if not self._check or end - start < BLOCK_SIZE:
+            return start, end
+        record = self._archive.layout.records[FIRST_STORAGE + node.storage]
+        return start - start % BLOCK_SIZE, min(end + -end % BLOCK_SIZE, record.size)
+
+    def _place_size(self, node: TensorNode) -> int:
+        start, end = self._range_of(node)
+        size = end - start
+        # Large ones are read straight to their place, which then has to begin with a page.
+        return round_up(size) if size >= DIRECT_FROM else size + -size % _SMALL_ALIGNMENT
+
+    def _memory_for(self, size: int) -> torch.UntypedStorage:
+        if size > _KEPT_BYTES:
+            return _new_memory(size)  # a target that cannot be divided: not to be kept for the others
+        if self._memory.nbytes() < size:
+            self._memory = _new_memory(_KEPT_BYTES)
+        return self._memory
 
 
-def _range_to_read(archive: Archive, node: TensorNode) -> tuple[int, int]:
-    """Where it lies in its storage, in bytes; if it is large, in whole blocks, as checksums are of those."""
-    start, end = byte_range(node)
-    if end - start < BLOCK_SIZE:
-        return start, end
-    record = archive.layout.records[FIRST_STORAGE + node.storage]
-    return start - start % BLOCK_SIZE, min(end + -end % BLOCK_SIZE, record.size)
-
-
-def _room_for(read: tuple[int, int]) -> int:
-    return round_up(read[1] - read[0])
-
-
-def _load_batch(
-    archive: Archive, batch: list[tuple[torch.Tensor, TensorNode]], scratch: torch.UntypedStorage, *, check: bool
-) -> None:
-    requests: list[Request] = []
-    values = []
-    place = 0
-    for _, node in batch:
-        start, end = _range_to_read(archive, node)
-        requests.append(Request(FIRST_STORAGE + node.storage, start, end, scratch.data_ptr() + place))
-        values.append(tensor_on(scratch, start - place, node))
-        place += _room_for((start, end))
-    read_parts(archive, requests, check=check, owner=scratch)
-    for (tensor, _), value in zip(batch, values, strict=True):
-        copy_into(tensor, value)
+def _new_memory(size: int) -> torch.UntypedStorage:
+    return torch.frombuffer(aligned_buffer(max(size, 1)), dtype=torch.uint8).untyped_storage()

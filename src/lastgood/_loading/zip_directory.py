@@ -13,9 +13,10 @@ from lastgood.storage.base import StoredFile
 
 _LOCAL_SIGNATURE = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
-_ENTRY_SIGNATURE = b"PK\x01\x02"
-_ENTRY_SIZE = 46
-_ENTRY_SIZES, _ENTRY_SIZES_OFFSET = struct.Struct("<HHH"), 28  # of its name, its extra field and its comment
+_ENTRY = struct.Struct("<4s24xHHH12x")
+"""A directory entry's signature, and the sizes of its name, its extra field and its comment, which follow it."""
+
+_DIRECTORY_WINDOW = 256 * 1024
 _END_64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4sHHHHIIH")
@@ -75,12 +76,12 @@ def _find_directory(file: StoredFile) -> tuple[int, int, int]:
     """
     end_offset = file.size - _END.size
     cut = corrupt(file.path, "it does not end as a zip archive does: it was cut off, or something was appended to it")
+    spread = corrupt(file.path, "a part of its zip directory is said to be on another disk")
     if end_offset < 0:
         raise cut
     signature, *disks, here, count, size, offset, comment = _END.unpack(_read(file, end_offset, _END.size))
     if signature != b"PK\x05\x06" or comment:
         raise cut
-    spread = corrupt(file.path, "a part of its zip directory is said to be on another disk")
     if any(disks) or here != count:
         raise spread
     locator_offset = end_offset - _LOCATOR.size
@@ -88,15 +89,15 @@ def _find_directory(file: StoredFile) -> tuple[int, int, int]:
     if locator.startswith(b"PK\x06\x07"):
         short = (count, size, offset)
         end_offset = locator_offset - _END_64.size
-        _, disk, locator_offset, disk_count = _LOCATOR.unpack(locator)
-        if end_offset < 0 or locator_offset != end_offset:
+        _, disk, end_64_offset, disk_count = _LOCATOR.unpack(locator)
+        if end_offset < 0 or end_64_offset != end_offset:
             raise cut
         end_64 = _END_64.unpack(_read(file, end_offset, _END_64.size))
         signature, length, _, _, *disks, here, count, size, offset = end_64
-        if disk or disk_count != 1 or any(disks) or here != count:
-            raise spread
         if signature != b"PK\x06\x06" or length != _END_64.size - 12:
             raise cut
+        if disk or disk_count != 1 or any(disks) or here != count:
+            raise spread
         if any(a not in (b, limit) for a, b, limit in zip(short, (count, size, offset), _SATURATED, strict=True)):
             raise corrupt(file.path, "the two ends of its zip directory say different things")
     if offset + size != end_offset:
@@ -105,15 +106,23 @@ def _find_directory(file: StoredFile) -> tuple[int, int, int]:
 
 
 def _require_entries(file: StoredFile, count: int, size: int, offset: int) -> None:
-    """The directory is as many entries as it announces, one after the other, and nothing else."""
-    directory = _read(file, offset, size)
-    position = 0
+    """The directory is as many entries as it announces, one after the other, and nothing else.
+
+    Nothing is read on the strength of a size alone: the directory of a file with a hole in it may be any size.
+    """
+    position, end = offset, offset + size
+    window, window_offset = b"", offset
     for _ in range(count):
-        if directory[position : position + 4] != _ENTRY_SIGNATURE or position + _ENTRY_SIZE > size:
+        if position + _ENTRY.size > end:
+            raise corrupt(file.path, f"its zip directory announces {count} records and ends before the last")
+        if position + _ENTRY.size > window_offset + len(window):
+            window, window_offset = _read(file, position, min(_DIRECTORY_WINDOW, end - position)), position
+        signature, *sizes = _ENTRY.unpack_from(window, position - window_offset)
+        if signature != b"PK\x01\x02":
             raise corrupt(file.path, f"its zip directory announces {count} records and does not hold them")
-        position += _ENTRY_SIZE + sum(_ENTRY_SIZES.unpack_from(directory, position + _ENTRY_SIZES_OFFSET))
-    if position != size:
-        raise corrupt(file.path, f"its zip directory announces {size} bytes and its records take {position}")
+        position += _ENTRY.size + sum(sizes)
+    if position != end:
+        raise corrupt(file.path, f"its zip directory announces {size} bytes, and its records take {position - offset}")
 
 
 def _read_record(file: StoredFile, info: zipfile.ZipInfo) -> ZipRecord:
