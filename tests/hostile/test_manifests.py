@@ -1,17 +1,22 @@
 """Manifests that no writer wrote: refused, or told from the files that they do not fit."""
 
 import json
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 from zlib import crc32
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.hostile.json_edits import edited, encoded
 from tests.hostile.samples import Reader, Sample, write
 
 from lastgood.format.manifest import Manifest, encode_manifest
+from lastgood.format.mesh import Layout, Mesh, Placement, whole
+from lastgood.format.sharding import pieces_within
 
 GetSample = Callable[[str], Sample]
 CountCases = Callable[[str, int], None]
@@ -64,3 +69,22 @@ def test_no_manifest_breaks_a_reader(
         for way in ("load", "load rank 1", "load elsewhere", "inspect", "entry"):
             assert seen.of(way).error, (way, seen)
     count_cases(EDITED, 1)
+
+
+def test_a_layout_may_not_cut_a_tensor_into_more_parts_than_can_be_worked_out_in_good_time(
+    count_cases: CountCases,
+) -> None:
+    def layout(mesh_shape: tuple[int, ...], factor: int) -> Layout:
+        mesh = Mesh(mesh_shape, None, tuple(range(math.prod(mesh_shape))))
+        return Layout("w", 4, (2**40,), mesh, tuple(Placement(0, factor) for _ in mesh_shape))
+
+    for mesh_shape, factor in (((4, 500), 1999), ((2,) * 9, 256), ((2, 2), 4096)):
+        with pytest.raises(ValueError, match="very many parts|the placement"):
+            layout(mesh_shape, factor)
+    for mesh_shape, factor in (((2,) * 8, 255), ((16, 16), 256), ((2, 2, 64), 250)):
+        allowed = layout(mesh_shape, factor)
+        began = time.process_time()
+        pieces = pieces_within(allowed, whole(allowed.shape))
+        assert time.process_time() - began < 10
+        assert sum(piece.box.element_count for piece in pieces) == 2**40
+    count_cases("small files that claim much", 6)

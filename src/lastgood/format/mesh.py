@@ -18,6 +18,9 @@ _MOST_DIMENSIONS = 64
 _MOST_CUTS = 4096
 """Of one tensor on one rank; real ones are cut along one dimension."""
 
+_MOST_PIECES = 2**20
+"""Of one tensor on all ranks: 16,384 ranks may cut into 63 pieces each."""
+
 
 _MOST_ELEMENTS = 2**63 - 1
 
@@ -124,7 +127,8 @@ class Layout(msgspec.Struct, frozen=True):
         element_count(self.shape)
         if len(self.shape) > _MOST_DIMENSIONS:
             raise ValueError(f"a tensor of {len(self.shape)} dimensions")
-        if _cut_count(self.shape, self.placements) > _MOST_CUTS:
+        cuts = _cut_count(self.shape, self.placements)
+        if cuts > _MOST_CUTS or cuts * len(self.mesh.ranks) > _MOST_PIECES:
             raise ValueError(f"placements that cut a tensor of shape {self.shape} into very many parts")
 
 

@@ -1,7 +1,7 @@
 """One dimension of a tensor, divided again and again: which of its indices are left to which rank."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeAlias
 
 from lastgood.format.mesh import Shape
@@ -24,19 +24,25 @@ class Step(NamedTuple):
     split_factor: int
 
 
-def _slice(segments: Segments, first: int, end: int) -> Segments:
-    """The indices at the positions from ``first`` up to ``end``, counted through all segments."""
+def _slices(segments: Segments, ranges: Iterable[tuple[int, int]]) -> Segments:
+    """The indices at these ranges of positions, counted through all segments; the ranges are in order.
+
+    One pass over both, however many there are: a file may claim very many of each.
+    """
     found: list[Segment] = []
-    position = 0
-    for start, size in segments:
-        low, high = max(first, position), min(end, position + size)
-        if low < high:
-            begin = start + low - position
+    number = position = 0
+    for low, high in ranges:
+        while low < high and number < len(segments):
+            start, size = segments[number]
+            if position + size <= low:
+                number, position = number + 1, position + size
+                continue
+            begin, end = start + low - position, start + min(high - position, size)
             if found and sum(found[-1]) == begin:
-                found[-1] = Segment(found[-1].start, found[-1].size + high - low)
+                found[-1] = Segment(found[-1].start, end - found[-1].start)
             else:
-                found.append(Segment(begin, high - low))
-        position += size
+                found.append(Segment(begin, end - begin))
+            low += end - begin
     return tuple(found)
 
 
@@ -50,11 +56,13 @@ def _cuts(length: int, step: Step) -> Iterator[tuple[int, int, int]]:
 
 def take(segments: Segments, step: Step, coordinate: int) -> Segments:
     """What one coordinate gets of these indices."""
-    taken: list[Segment] = []
-    for first, end, width in _cuts(length_of(segments), step):
-        low = min(first + coordinate * width, end)
-        taken += _slice(segments, low, min(low + width, end))
-    return tuple(taken) if step.split_factor == 1 else _slice(tuple(taken), 0, length_of(tuple(taken)))
+
+    def ranges() -> Iterator[tuple[int, int]]:
+        for first, end, width in _cuts(length_of(segments), step):
+            low = min(first + coordinate * width, end)
+            yield low, min(low + width, end)
+
+    return _slices(segments, ranges())
 
 
 def _coordinates_within(segments: Segments, step: Step, first: int, end: int) -> list[int]:
@@ -90,7 +98,7 @@ def _whole_dimension(size: int) -> Segments:
     return (Segment(0, size),) if size else ()
 
 
-@functools.lru_cache(maxsize=65536)
+@functools.lru_cache(maxsize=8192)
 def segments_of(size: int, steps: tuple[Step, ...], coordinates: Shape) -> Segments:
     segments = _whole_dimension(size)
     for step, coordinate in zip(steps, coordinates, strict=True):
@@ -98,7 +106,7 @@ def segments_of(size: int, steps: tuple[Step, ...], coordinates: Shape) -> Segme
     return segments
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def holders_within(size: int, steps: tuple[Step, ...], first: int, end: int) -> tuple[tuple[Shape, Segments], ...]:
     """The coordinates that hold any of the indices from ``first`` up to ``end``, with all that they hold."""
     found: list[tuple[Shape, Segments]] = [((), _whole_dimension(size))]

@@ -3,7 +3,7 @@
 A *number* stands for a state: :func:`~tests.manager.runs.tiny` makes it, and finds it again in what was loaded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 SAVING, DURABLE, FAILED = "saving", "durable", "failed"
@@ -30,6 +30,8 @@ class Promises:
         self.set_aside: list[tuple[int, set[int | None]]] = []
         self.killed: set[int] = set()
         self.removed: set[int] = set()
+        self._displaced: dict[int, set[int]] = {}
+        """Steps that retention may have removed, each with those that it counted instead, if they were there."""
         self._being_set_aside: set[int | None] = set()
         self._being_removed: set[int] = set()
         for note in notes:
@@ -47,8 +49,9 @@ class Promises:
     def required(self, there: Iterable[int]) -> set[int]:
         """The steps whose checkpoint retention must not have removed, if those are there."""
         known = self.certain | set(there)
-        # Retention may have counted, among those that it keeps, one that nobody was promised.
-        return self.certain & self.newest(known)
+        # Retention may have counted, among those that it keeps, one that nobody was promised; now or earlier.
+        kept = self.certain & self.newest(known)
+        return {step for step in kept if self._displaced.get(step, set()).isdisjoint(there)}
 
     def newest(self, steps: Iterable[int]) -> set[int]:
         """Those of the steps that retention keeps, whatever else there is."""
@@ -68,8 +71,16 @@ class Promises:
         self.under_way = None
         # Those that are not kept may be gone, from the moment on at which this one is there.
         self.killed.discard(step)
+        self._displaced.pop(step, None)
         for other in self.certain - self.required([step]) - {step}:
             self.numbers[other].add(None)
+        self._note_displaced([step])
+
+    def _note_displaced(self, there: Sequence[int]) -> None:
+        """What retention removes now if it finds what a killed process has saved."""
+        for killed in self.killed:
+            for other in self.certain - self.newest({*self.certain, *there, killed}):
+                self._displaced.setdefault(other, set()).add(killed)
 
     def _killed(self) -> None:
         if self.under_way is not None:
@@ -93,6 +104,7 @@ class Promises:
         self._being_removed = self.certain - self.newest(self.certain)
         for step in set(self.numbers) - self.required(()):
             self.numbers[step].add(None)
+        self._note_displaced(())
 
     def _pruned(self) -> None:
         for step in self._being_removed:
