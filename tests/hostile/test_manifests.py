@@ -79,7 +79,7 @@ def test_a_layout_may_not_cut_a_tensor_into_more_parts_than_can_be_worked_out_in
         return Layout("w", 4, (2**40,), mesh, tuple(Placement(0, factor) for _ in mesh_shape))
 
     for mesh_shape, factor in (((4, 500), 1999), ((2,) * 9, 256), ((2, 2), 4096)):
-        with pytest.raises(ValueError, match="very many parts|the placement"):
+        with pytest.raises(ValueError, match=r"very many parts|the placement"):
             layout(mesh_shape, factor)
     for mesh_shape, factor in (((2,) * 8, 255), ((16, 16), 256), ((2, 2, 64), 250)):
         allowed = layout(mesh_shape, factor)
