@@ -198,8 +198,8 @@ class Life:
         self._hear_rest(self._pipes[PROCESS])
         for process in self._processes:
             assert process.wait(), f"the checkpoint process {process.pid} does not end"
-        # One that was just being started has not said a word, but has the memory that its output goes to. (Looking takes
-        # time: the next look finds what was started meanwhile.)
+        # One that was just being started has not said a word, but has the memory that its output goes to. Looking
+        # takes time: the next look finds what was started meanwhile.
         for _ in range(3):
             for pid in holders(self._shared_memory):
                 with suppress(ProcessLookupError), ProcessEnd(pid) as starting:
