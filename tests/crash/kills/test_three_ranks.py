@@ -108,7 +108,13 @@ class Run:
         """What was promised is there, or something newer, and is what the ranks saved there."""
         step, numbers = self.newest_read()
         assert step >= max(promised, self.newest), f"step {step} is the newest, and {promised} was promised"
-        for life, known in zip(lives, self.numbers, strict=True):
+        known_or_asked = list(zip(self.numbers, lives, strict=True))
+        require(
+            lives,
+            lambda: all(step in known or step in life.asked for known, life in known_or_asked),
+            f"that all ranks have asked for the save of step {step}, which is there",
+        )
+        for known, life in known_or_asked:
             known |= life.asked
         assert numbers == [known[step] for known in self.numbers], f"not what was saved as step {step}"
         self.newest = step

@@ -94,6 +94,10 @@ class Promises:
     def _setting_aside(self, step: int) -> None:
         self._being_set_aside = set(self.numbers[step])
         self.numbers[step].add(None)
+        # What is set aside was there, also if only a killed process had saved it.
+        for other, killed in self._displaced.items():
+            if step in killed:
+                self.numbers[other].add(None)
 
     def _set_aside(self, step: int) -> None:
         self.set_aside.append((step, self._being_set_aside))
