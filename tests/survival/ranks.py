@@ -24,6 +24,7 @@ def set_up(rank: int, port: int, timeout_secs: float) -> int:
     arguments = store_arguments(rank, 2, port, timeout_secs=timeout_secs)
     config = CheckpointerConfig(barrier_config=BarrierConfig("tcp_store", arguments))
     config.process_config.subprocess_init_timeout_secs = PATIENCE_SECS  # it imports torch, on a busy machine
+    config.staging_config.snapshots_in_flight = 2
     _this_process[:] = [make_async_checkpointer(config, RankInfo(rank, 2))]
     return process_of(_this_process[0])
 

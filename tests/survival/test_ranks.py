@@ -124,3 +124,21 @@ def test_hazard_26_a_trainer_killed_before_it_has_staged_is_told_to_the_other_ra
     for rank in range(2):
         with pytest.raises((UncommittedCheckpointError, FileNotFoundError)):
             read(path, rank, 2)
+
+
+def test_hazard_26_a_save_that_was_not_begun_when_its_trainer_was_killed_is_told_to_the_other_rank(
+    start_job: Any, tmp_path: Path
+) -> None:
+    """It stands in the queue of the checkpoint process, behind one at which that waits for the other rank."""
+    job = start_job()
+    first, second = job.ranks
+    second.call(ranks.stage, str(tmp_path / "step-1"), 11)
+    second.start(ranks.stage_half, str(tmp_path / "step-2"), 1, with_pipe=True)
+    assert second.receive() == "half"
+    second.kill()
+    first.call(ranks.save, str(tmp_path / "step-1"), 10)
+    assert names(tmp_path / "step-1") == FILES
+    with pytest.raises(BarrierTimeoutError, match="the trainer is gone") as caught:
+        first.call(ranks.save, str(tmp_path / "step-2"), 0)
+    assert caught.value.missing_ranks == (1,)
+    assert job.processes[1].wait()

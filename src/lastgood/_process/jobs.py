@@ -120,13 +120,14 @@ class JobQueue:
             self._changed.notify_all()
 
     def abandon_incomplete(self, error: Exception) -> None:
-        """Drop what is not wholly staged, and never will be."""
+        """Fail what is not wholly staged, and never will be.
+
+        What has not been begun stays in the queue: it fails when its turn comes, and the other ranks are told.
+        """
         with self._changed:
-            if self._current is not None:
-                _abandon(self._current, error)
-            for job in [job for job in self._waiting if not job.is_complete]:
-                _abandon(job, error)
-                self._waiting.remove(job)
+            for job in (self._current, *self._waiting):
+                if job is not None:
+                    _abandon(job, error)
 
     @property
     def current(self) -> Job | None:
