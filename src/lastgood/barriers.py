@@ -212,7 +212,7 @@ class TCPStoreBarrier(Barrier):
             return call_with_timeout(ask, left_secs, no_answer, name="barrier")
 
         try:
-            in_time(lambda: self._come(sequence))
+            in_time(lambda: self._arrive(sequence))
             meeting = self._meeting(sequence)
             if not wait_for(lambda _: in_time(lambda: meeting.is_decided), self._timeout_secs, self._world_size):
                 in_time(lambda: self._time_out(sequence))
@@ -285,10 +285,6 @@ class TCPStoreBarrier(Barrier):
         self._sequence += 1
         return sequence
 
-    def _come(self, sequence: int) -> None:
-        self._store.set(f"rank{self._rank}", str(sequence))
-        self._arrive(sequence)
-
     def _leave(self, sequence: int) -> None:
         """Once the meeting is decided; with all others, if it took place."""
         outcome = self._meeting(sequence).outcome()
@@ -304,6 +300,7 @@ class TCPStoreBarrier(Barrier):
 
         The keys ``rank<r>`` cannot show who came: all prefixes on a store share them.
         """
+        self._store.set(f"rank{self._rank}", str(sequence))
         came = self._meeting(sequence).arrive()
         if not 0 < came <= self._world_size:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Reading saved tensors into tensors that are there: straight into their memory where that will do, or by copies."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,6 +81,16 @@ def _load_staged(
     batch.load()
 
 
+class _Piece(NamedTuple):
+    """A target, what is saved for it, which bytes of its storage are read, and where in the batch's memory they go."""
+
+    target: torch.Tensor
+    node: TensorNode
+    start: int
+    end: int
+    place: int
+
+
 class _Batch:
     """Pieces that are read into memory together and copied from there, batch after batch.
 
@@ -90,32 +100,32 @@ class _Batch:
     def __init__(self, archive: Archive, check: bool) -> None:
         self._archive = archive
         self._check = check
-        self._pieces: list[tuple[torch.Tensor, TensorNode]] = []
+        self._pieces: list[_Piece] = []
         self._size = 0
-        self._memory = _new_memory(0)
+        self._kept: torch.UntypedStorage | None = None
 
     def add(self, target: torch.Tensor, node: TensorNode) -> None:
         """Load a piece with this batch, or with the next one if this is full."""
-        size = self._place_size(node)
-        if self._pieces and self._size + size > STAGED_BYTES:
+        start, end = self._range_of(node)
+        size = _place_size(end - start)
+        if self._size + size > STAGED_BYTES:
             self.load()
-        self._pieces.append((target, node))
+        self._pieces.append(_Piece(target, node, start, end, self._size))
         self._size += size
 
     def load(self) -> None:
         """Read and copy what there is, and begin a new batch."""
-        memory = self._memory_for(self._size)
-        requests: list[Request] = []
-        values = []
-        place = 0
-        for _, node in self._pieces:
-            start, end = self._range_of(node)
-            requests.append(Request(FIRST_STORAGE + node.storage, start, end, memory.data_ptr() + place))
-            values.append(tensor_on(memory, start - place, node))
-            place += self._place_size(node)
+        if not self._pieces:
+            return
+        memory = self._memory()
+        base = memory.data_ptr()
+        requests = [
+            Request(FIRST_STORAGE + piece.node.storage, piece.start, piece.end, base + piece.place)
+            for piece in self._pieces
+        ]
         read_parts(self._archive, requests, check=self._check, owner=memory)
-        for (target, _), value in zip(self._pieces, values, strict=True):
-            copy_into(target, value)
+        for piece in self._pieces:
+            copy_into(piece.target, tensor_on(memory, piece.start - piece.place, piece.node))
         self._pieces, self._size = [], 0
 
     def _range_of(self, node: TensorNode) -> tuple[int, int]:
@@ -126,19 +136,18 @@ class _Batch:
         record = self._archive.layout.records[FIRST_STORAGE + node.storage]
         return start - start % BLOCK_SIZE, min(end + -end % BLOCK_SIZE, record.size)
 
-    def _place_size(self, node: TensorNode) -> int:
-        start, end = self._range_of(node)
-        size = end - start
-        # Large ones are read straight to their place, which then has to begin with a page.
-        return round_up(size) if size >= DIRECT_FROM else size + -size % _SMALL_ALIGNMENT
+    def _memory(self) -> torch.UntypedStorage:
+        if self._size > _KEPT_BYTES:
+            return _new_memory(self._size)  # a target that cannot be divided: not to be kept for the others
+        if self._kept is None:
+            self._kept = _new_memory(_KEPT_BYTES)
+        return self._kept
 
-    def _memory_for(self, size: int) -> torch.UntypedStorage:
-        if size > _KEPT_BYTES:
-            return _new_memory(size)  # a target that cannot be divided: not to be kept for the others
-        if self._memory.nbytes() < size:
-            self._memory = _new_memory(_KEPT_BYTES)
-        return self._memory
+
+def _place_size(size: int) -> int:
+    """Large ones are read straight to their place, which then has to begin with a page."""
+    return round_up(size) if size >= DIRECT_FROM else size + -size % _SMALL_ALIGNMENT
 
 
 def _new_memory(size: int) -> torch.UntypedStorage:
-    return torch.frombuffer(aligned_buffer(max(size, 1)), dtype=torch.uint8).untyped_storage()
+    return torch.frombuffer(aligned_buffer(size), dtype=torch.uint8).untyped_storage()

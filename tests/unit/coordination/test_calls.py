@@ -91,6 +91,10 @@ def test_a_store_that_nobody_serves_any_more_is_given_up_in_time(monkeypatch: py
         server = serve(first.listener, first.world_size)
         opened.result(PATIENCE_SECS)
         client.open(1)
+        with pytest.raises(StoreUnreachableError, match="broke"):
+            client.call(lambda store: store.get("nothing"), PATIENCE_SECS)
+        assert not client.is_open
+        client.open(PATIENCE_SECS)
         over = threading.Event()
         with pytest.raises(StoreUnreachableError, match=r"did not answer within 0\.1 s"):
             client.call(lambda _: over.wait(), 0.1)

@@ -16,6 +16,7 @@ from tests.helpers.workers import Worker
 from tests.unit.loading.files import call_pickle, edit_pickle, opcodes, verify, zip_of
 
 import lastgood
+from lastgood._loading.zip_directory import is_zip, read_directory
 from lastgood.errors import CorruptCheckpointError, LastgoodError, UnsafeCheckpointError
 
 MEBIBYTE = 1024 * 1024
@@ -433,6 +434,29 @@ def test_a_directory_that_only_torch_finds(tmp_path: Path, worker: Worker) -> No
     with zipfile.ZipFile(file) as archive:
         assert archive.read("archive/data.pkl") == harmless
     refused(worker, file, CorruptCheckpointError)
+
+
+class FileWithAHole:
+    """What begins as a zip archive does and ends with the end of a directory that fills the rest: zeros."""
+
+    def __init__(self, size: int) -> None:
+        self.path, self.size = "/run/step-1/checkpoint_0.pt", size
+        self._parts = {0: b"PK\3\4", size - 22: struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, size - 26, 4, 0)}
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        assert target.nbytes < 1 << 20, "the size that the file claims is believed"
+        content = bytearray(target.nbytes)
+        for start, part in self._parts.items():
+            if offset <= start and start + len(part) <= offset + target.nbytes:
+                content[start - offset : start - offset + len(part)] = part
+        target[:] = content
+
+
+def test_a_directory_that_claims_all_of_a_file_with_a_hole_in_it_is_not_read_as_a_whole() -> None:
+    file: Any = FileWithAHole(3 << 30)
+    assert is_zip(file)
+    with pytest.raises(CorruptCheckpointError, match="announces 1 records and does not hold them"):
+        read_directory(file)
 
 
 def test_zips_that_are_no_checkpoints(tmp_path: Path, worker: Worker) -> None:
