@@ -64,6 +64,13 @@ def run_tests(source: Path, tests: Sequence[str], base: Path) -> tuple[int, str]
     return ended.returncode, ended.stdout
 
 
+def _noticed(mutation: Mutation) -> Result:
+    """:func:`try_one`, and a line for whoever watches."""
+    result = try_one(mutation)
+    print(f"{result.seconds:4.0f} s  {mutation.what}: {result.noticed_by or 'NOBODY NOTICED'}", file=sys.stderr)
+    return result
+
+
 def try_one(mutation: Mutation) -> Result:
     """Run its tests on a copy of the package without the step."""
     start = time.monotonic()
@@ -103,7 +110,7 @@ def main(words: Sequence[str]) -> int:
     for mutation in mutations:
         mutated(mutation)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        results = list(pool.map(try_one, mutations))
+        results = list(pool.map(_noticed, mutations))
     print(table(results))
     unnoticed = [result for result in results if result.noticed_by is None]
     took = time.monotonic() - start

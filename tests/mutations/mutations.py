@@ -105,6 +105,20 @@ FSYNCS = (
         (_POWER,),
     ),
     Mutation(
+        "directory fsync for a manifest whose rank 0 is gone, before its save is called durable",
+        "_coordination/together.py",
+        "            self._storage.settle(self._path)\n",
+        "            pass\n",
+        (*_VOTES, _POWER),
+    ),
+    Mutation(
+        "directory fsync for the checkpoint that a run goes on from",
+        "manager/restoring.py",
+        "                self._storage.settle(directory)\n",
+        "                pass\n",
+        ("tests/manager", _POWER),
+    ),
+    Mutation(
         "no second fsync after one that failed",
         _WRITE,
         '            self._state = "ended"  # until fsync has said otherwise',
@@ -184,6 +198,41 @@ CHECKSUMS = (
         "        if False:\n",
         ("tests/unit/contents", "tests/cli/test_verify.py"),
     ),
+    Mutation(
+        "the trailer is as it would be written",
+        "format/archive.py",
+        "    if ending.trailer_bytes != pack_trailer(layout, trailer.index_crc, trailer.blocks_crc, index.save_id):\n",
+        "    if False:\n",
+        ("tests/unit/format", *_DAMAGE, "tests/hostile"),
+    ),
+    Mutation(
+        "CRC of a record of torch.save",
+        "_loading/zip_records.py",
+        " if crc != record.crc]\n",
+        " if False]\n",
+        ("tests/unit/loading/test_foreign.py", "tests/unit/contents", "tests/hostile"),
+    ),
+    Mutation(
+        "CRC of a small tensor that is shown or compared",
+        "cli/_tensors.py",
+        "                is_good = crc is None or crc32(scratch[start - begin : end - begin]) == crc\n",
+        "                is_good = True\n",
+        ("tests/cli/test_diff.py", "tests/cli/test_cat.py"),
+    ),
+    Mutation(
+        "CRC of a record of torch.save that is shown or compared",
+        "cli/_tensors.py",
+        "        if found != place.crc:\n",
+        "        if False:\n",
+        ("tests/cli/test_cat.py", "tests/cli/test_diff.py"),
+    ),
+    Mutation(
+        "checksums of what is declared to be the same on all ranks",
+        "format/vote.py",
+        "    _compare_replicas(decoded, fetch)\n",
+        "    pass\n",
+        (*_VOTES, "tests/distributed/test_sharded_tensors.py"),
+    ),
 )
 
 IDS = (
@@ -230,6 +279,27 @@ IDS = (
         ("tests/unit/loading/test_reader.py", *_MANIFEST),
     ),
     Mutation(
+        "the file of rank 0 is the one that the manifest names, in the catalog of a run",
+        "manager/catalog.py",
+        "        if (named.save_id, named.size, named.trailer_crc) != ",
+        "        if False and () != ",
+        ("tests/unit/manager/test_catalog.py",),
+    ),
+    Mutation(
+        "save ids of the files that a manifest names, in verify",
+        "_contents/manifest_check.py",
+        "        if (manifest.tensors and others) or manifest.files[0].save_id != manifest.save_id:\n",
+        "        if False:\n",
+        ("tests/unit/contents/test_manifest_check.py",),
+    ),
+    Mutation(
+        "save id of the manifest that is there when rank 0 is gone",
+        "_coordination/together.py",
+        "        return manifest is not None and manifest.save_id == self.save_id\n",
+        "        return manifest is not None\n",
+        (*_VOTES, "tests/distributed/test_votes_processes.py"),
+    ),
+    Mutation(
         "the epoch is that of this job",
         "format/epoch.py",
         "    if found is not None and found.job != mine.job:\n",
@@ -259,6 +329,13 @@ ORDER = (
         "        self.make_durable()\n        with self._descriptors.in_use():\n",
         "        with self._descriptors.in_use():\n",
         (*_LOCAL, _POWER),
+    ),
+    Mutation(
+        "bytes are durable before the hook and the other ranks are told",
+        "_image_writer.py",
+        "            upload.make_durable()\n",
+        "            pass\n",
+        ("tests/unit/test_checkpoint_writer.py", "tests/storage", _POWER),
     ),
     Mutation(
         "all ranks have come before the commit",
@@ -312,6 +389,20 @@ ORDER = (
         _REMOVAL,
     ),
     Mutation(
+        "the newest that stays is found good before anything is removed",
+        "manager/removal.py",
+        "        check(storage, decision.keep[-1].entry)\n",
+        "        pass\n",
+        _REMOVAL,
+    ),
+    Mutation(
+        "the newest checkpoint stays, whatever the rules say",
+        "manager/retention.py",
+        '{newest: "the newest"}, ',
+        "",
+        ("tests/unit/manager/test_retention.py",),
+    ),
+    Mutation(
         "nothing is removed where somebody is writing",
         "manager/removal.py",
         "    if storage.has_writers(entry.path):",
@@ -324,6 +415,13 @@ ORDER = (
         "            while not self._is_complete:\n                self._wait_for_change(timeout_secs)\n",
         "            pass\n",
         ("tests/async/test_consistency.py", "tests/async/test_plan.py", "tests/survival/test_after_failures.py"),
+    ),
+    Mutation(
+        "a tensor that changed between the call and its copy ends the save",
+        "_staging/witnesses.py",
+        "        if changed:\n",
+        "        if False:\n",
+        ("tests/async/test_witnesses.py", "tests/async/test_consistency.py"),
     ),
     Mutation(
         "a committed checkpoint is looked for again under the lock",
