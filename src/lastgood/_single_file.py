@@ -9,7 +9,7 @@ from lastgood import _events
 from lastgood._image_writer import new_save_id, write_durably
 from lastgood._loading.file import load_file
 from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS
-from lastgood._loading.values import MapLocation
+from lastgood._loading.storages import MapLocation
 from lastgood.capture import capture
 from lastgood.errors import ConfigError, require_all
 from lastgood.format.index_head import UNSAVED

@@ -10,7 +10,7 @@ from lastgood._loading.file import load_file
 from lastgood._loading.merge import CheckKeys
 from lastgood._loading.per_rank import PerRankRules
 from lastgood._loading.records import NO_PROGRESS_TIMEOUT_SECS, open_in_time
-from lastgood._loading.values import MapLocation
+from lastgood._loading.storages import MapLocation
 from lastgood._memory import paused_garbage_collection
 from lastgood.errors import (
     CheckpointNotFoundError,

@@ -25,7 +25,8 @@ from lastgood._loading.per_rank import (
 )
 from lastgood._loading.records import read_whole
 from lastgood._loading.spread import ManyFiles, check_targets
-from lastgood._loading.values import MapLocation, ObjectTable
+from lastgood._loading.storages import MapLocation
+from lastgood._loading.values import ObjectTable
 from lastgood.format.archive import Archive
 from lastgood.format.manifest import Manifest
 from lastgood.format.mesh import is_replica_mesh

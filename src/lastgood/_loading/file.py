@@ -13,17 +13,15 @@ from lastgood._loading.opaque_values import OpaqueValues, load_opaque_values
 from lastgood._loading.pairs import Pairs, ask
 from lastgood._loading.records import check_rest, open_in_time, read_parts, read_whole
 from lastgood._loading.spread import OneFile, Source, SpreadTarget, WholeTensors, check_targets, read_spread
-from lastgood._loading.targets import naming_undefined_targets
-from lastgood._loading.values import (
+from lastgood._loading.storages import (
     MapLocation,
-    ObjectTable,
     StoragePool,
-    ValueBuilder,
     byte_range,
     map_file,
     map_storages,
-    tensors_in,
 )
+from lastgood._loading.targets import naming_undefined_targets
+from lastgood._loading.values import ObjectTable, ValueBuilder, tensors_in
 from lastgood._memory import bytes_at, paused_garbage_collection
 from lastgood.errors import ConfigError, CorruptCheckpointError, StorageError, corrupt
 from lastgood.format.archive import Archive

@@ -4,7 +4,7 @@ from typing import Any
 
 from lastgood._loading.legacy import check_legacy
 from lastgood._loading.opaque_values import refuse_unsafe, safe_torch_load
-from lastgood._loading.values import MapLocation
+from lastgood._loading.storages import MapLocation
 from lastgood._loading.zip_directory import ZipRecord, is_zip, read_directory
 from lastgood._loading.zip_records import damaged_records
 from lastgood.errors import CorruptCheckpointError, corrupt

@@ -8,8 +8,9 @@ import torch
 from lastgood._loading.foreign import load_foreign
 from lastgood._loading.merge import CheckKeys, Merge
 from lastgood._loading.spread import check_targets, copy_spread
+from lastgood._loading.storages import MapLocation, StoragePool, copy_of, relocated
 from lastgood._loading.targets import copy_into, naming_undefined_targets
-from lastgood._loading.values import MapLocation, ObjectTable, StoragePool, ValueBuilder, copy_of, relocated
+from lastgood._loading.values import ObjectTable, ValueBuilder
 from lastgood.capture import describe_loaded
 from lastgood.format.nodes import (
     DictNode,

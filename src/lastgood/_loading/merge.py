@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from lastgood._loading.storages import torch_dtype
 from lastgood._loading.targets import TensorsLike
-from lastgood._loading.values import ObjectTable, ValueBuilder, tensors_in, torch_dtype
+from lastgood._loading.values import ObjectTable, ValueBuilder, tensors_in
 from lastgood.errors import TargetMismatchError
 from lastgood.format.nodes import (
     DictNode,

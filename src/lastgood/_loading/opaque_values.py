@@ -14,7 +14,7 @@ from lastgood._loading.pickle_rules import PickleRules, storage_of
 from lastgood._loading.pickle_symbols import StorageSymbol
 from lastgood._loading.pickle_walk import IncompletePickleError, walk_pickle
 from lastgood._loading.records import check_pickle, read_parts
-from lastgood._loading.values import MapLocation, is_meta, relocated
+from lastgood._loading.storages import MapLocation, is_meta, relocated
 from lastgood._memory import address_of
 from lastgood._torch_internals import untyped_storage_of
 from lastgood.errors import UnsafeCheckpointError, corrupt

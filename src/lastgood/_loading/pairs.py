@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lastgood._loading.records import read_parts
+from lastgood._loading.storages import StoragePool, byte_range, tensor_on
 from lastgood._loading.targets import copy_into, in_pieces, split_targets
-from lastgood._loading.values import StoragePool, byte_range, tensor_on
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE
 from lastgood.format.nodes import OpaqueNode, TensorNode

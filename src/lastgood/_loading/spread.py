@@ -9,8 +9,7 @@ import msgspec
 import torch
 
 from lastgood._loading.pairs import read_pairs
-from lastgood._loading.targets import copy_into
-from lastgood._loading.values import (
+from lastgood._loading.storages import (
     MapLocation,
     byte_range,
     contiguous_stride,
@@ -20,6 +19,7 @@ from lastgood._loading.values import (
     torch_dtype,
     with_flags,
 )
+from lastgood._loading.targets import copy_into
 from lastgood.errors import TargetMismatchError, UncommittedCheckpointError, UnsupportedStateError, corrupt
 from lastgood.format.archive import Archive
 from lastgood.format.image import FIRST_STORAGE

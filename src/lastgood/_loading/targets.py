@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lastgood._loading.values import byte_range, torch_dtype
+from lastgood._loading.storages import byte_range, torch_dtype
 from lastgood.errors import CorruptCheckpointError, corrupt, listed
 from lastgood.format.index import InvalidIndexError
 from lastgood.format.nodes import (

@@ -90,7 +90,7 @@ def row_of(data: Sequence[bytes], dtype: str) -> "Tensor":
     """The elements in these bytes in one row."""
     import torch
 
-    from lastgood._loading.values import torch_dtype
+    from lastgood._loading.storages import torch_dtype
 
     return torch.frombuffer(bytearray().join(data), dtype=torch.uint8).view(torch_dtype(dtype))
 

@@ -111,7 +111,7 @@ class TensorSource:
 
         With ``as_saved``, parameters are parameters, and what required grad does; otherwise nothing does.
         """
-        from lastgood._loading.values import StoragePool
+        from lastgood._loading.storages import StoragePool
 
         pool = StoragePool(self._entries, "cpu")
         for node in nodes:
@@ -141,7 +141,7 @@ class TensorSource:
         return self._read_bytes([_of_one_file(node) for node in nodes])
 
     def _read_bytes(self, nodes: list[TensorNode]) -> list[bytes]:
-        from lastgood._loading.values import contiguous_stride
+        from lastgood._loading.storages import contiguous_stride
 
         found = [b""] * len(nodes)
         stored, others = list[_Stored](), list[int]()

@@ -125,7 +125,7 @@ class WholeSource:
         import torch
 
         from lastgood._loading.spread import read_spread
-        from lastgood._loading.values import torch_dtype
+        from lastgood._loading.storages import torch_dtype
 
         made = [torch.empty(shape, dtype=torch_dtype(node.dtype)) for node, shape in zip(nodes, shapes, strict=True)]
         targets = [("", tensor, node) for tensor, node in zip(made, nodes, strict=True)]

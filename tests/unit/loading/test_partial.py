@@ -14,7 +14,7 @@ from tests.unit.loading.files import CountingFile, opened, raw
 
 import lastgood
 from lastgood._loading import pairs as pair_loading
-from lastgood._loading import values as value_loading
+from lastgood._loading import storages
 from lastgood._loading.file import load_file
 from lastgood.errors import ConfigError, MissingKeysError, TargetMismatchError
 from lastgood.storage.local import LocalStorage
@@ -531,13 +531,13 @@ def test_an_interrupted_load_leaves_no_read_without_its_memory(file: Path, monke
             super().read_into(offset, target)
 
     pools: list[Any] = []
-    allocate = value_loading.StoragePool.allocate
+    allocate = storages.StoragePool.allocate
 
-    def noting(pool: value_loading.StoragePool) -> Any:
+    def noting(pool: storages.StoragePool) -> Any:
         pools.append(weakref.ref(pool))
         return allocate(pool)
 
-    monkeypatch.setattr(value_loading.StoragePool, "allocate", noting)
+    monkeypatch.setattr(storages.StoragePool, "allocate", noting)
     with opened(file) as stored:
         with pytest.raises(lastgood.StorageError, match="gave no data"):
             load_file(StuckFile(stored))
