@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lastgood import _events
 from lastgood._coordination.calls import Coordination
@@ -177,6 +177,15 @@ class CheckpointWriter:
             )
 
         self._save(path, prepare, kwargs, lambda: staged.replica_checksums)
+
+    def give_up(self, path: str, error: Exception, /, **kwargs: Any) -> NoReturn:
+        """Raise ``error``, why a save that the other ranks expect cannot be begun here, after they have been told."""
+
+        def prepare() -> _WriteFile:
+            raise error
+
+        self._save(path, prepare, kwargs)
+        raise AssertionError("unreachable: what cannot be prepared is not saved")
 
     def _save(
         self,

@@ -29,8 +29,8 @@ def set_up(rank: int, port: int, timeout_secs: float) -> int:
     return process_of(_this_process[0])
 
 
-def save(path: str, number: int) -> None:
-    _this_process[0].save(path, state_of(number))[1].result(PATIENCE_SECS)
+def save(path: str, number: int, elements: int = 50_000) -> None:
+    _this_process[0].save(path, state_of(number, elements))[1].result(PATIENCE_SECS)
 
 
 def stage(path: str, number: int) -> set[int]:

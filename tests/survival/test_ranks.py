@@ -1,5 +1,6 @@
 """Several ranks that save in the background: with a barrier among their checkpoint processes, and without one."""
 
+import resource
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -10,10 +11,16 @@ from tests.distributed.barrier_ranks import reserved_port
 from tests.helpers.saves import assert_state, contents, read, state_of
 from tests.helpers.workers import PATIENCE_SECS, Worker
 from tests.survival import ranks
-from tests.survival.traces import ProcessEnd, holders, names
+from tests.survival.traces import ProcessEnd, address_space, holders, names
+from tests.survival.trainers import ELEMENTS
 
 from lastgood.builder import make_async_checkpointer
-from lastgood.errors import BarrierTimeoutError, CheckpointExistsError, UncommittedCheckpointError
+from lastgood.errors import (
+    BarrierTimeoutError,
+    CheckpointExistsError,
+    CheckpointProcessError,
+    UncommittedCheckpointError,
+)
 from lastgood.format.identity import read_identity
 from lastgood.format.manifest import checkpoint_file
 from lastgood.storage.local import LocalStorage
@@ -142,3 +149,23 @@ def test_hazard_26_a_save_that_was_not_begun_when_its_trainer_was_killed_is_told
         first.call(ranks.save, str(tmp_path / "step-2"), 0)
     assert caught.value.missing_ranks == (1,)
     assert job.processes[1].wait()
+
+
+def test_hazard_26_a_snapshot_that_cannot_be_mapped_is_told_to_the_other_rank(start_job: Any, tmp_path: Path) -> None:
+    """No address space is left for the checkpoint process of one; when there is some again, it serves the next save."""
+    job = start_job()
+    first, second = job.ranks
+    pid = job.processes[1].pid
+    limits = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (address_space(pid) + (8 << 20), limits[1]))
+    second.start(ranks.save, str(tmp_path / "step-1"), 1, ELEMENTS)
+    with pytest.raises(BarrierTimeoutError, match="could not map the memory") as caught:
+        first.call(ranks.save, str(tmp_path / "step-1"), 0)
+    assert caught.value.missing_ranks == (1,)
+    with pytest.raises(CheckpointProcessError, match="could not map the memory"):
+        second.result()
+    resource.prlimit(pid, resource.RLIMIT_AS, limits)
+    second.start(ranks.save, str(tmp_path / "step-2"), 1)
+    first.call(ranks.save, str(tmp_path / "step-2"), 0)
+    second.result()
+    assert names(tmp_path / "step-2") == FILES

@@ -54,6 +54,12 @@ def mapped_shared_memory(pid: int) -> dict[int, int]:
     return found
 
 
+def address_space(pid: int) -> int:
+    """The bytes of addresses that a process has in use."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def holders(files: set[int]) -> list[int]:
     """Processes that have one of these anonymous files open or mapped."""
     found = []

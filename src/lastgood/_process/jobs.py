@@ -25,13 +25,28 @@ _WAIT_SECS = 60.0
 
 
 class _Arena:
-    """A trainer's arena: its memory, for as long as anybody looks at it."""
+    """A trainer's arena: its memory, for as long as anybody looks at it.
+
+    The trainer sends it once. So it is mapped when a save needs it, and where that fails, by the next one that does.
+    """
 
     def __init__(self, descriptor: int, size: int) -> None:
-        try:
-            self.memory = memoryview(mmap.mmap(descriptor, size))
-        finally:
-            os.close(descriptor)  # the mapping has one of its own
+        self._descriptor = descriptor
+        self._size = size
+        self._memory: memoryview | None = None
+
+    @property
+    def memory(self) -> memoryview:
+        if self._memory is None:
+            self._memory = memoryview(mmap.mmap(self._descriptor, self._size))
+            self.close()  # the mapping has a descriptor of its own
+        return self._memory
+
+    def close(self) -> None:
+        """It will not be mapped any more."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 @dataclass
@@ -84,15 +99,15 @@ class JobQueue:
                 self._arenas[payload["arena"]] = _Arena(descriptors[0], payload["arena_size"])
             job.image = StagedImage(self._arenas[payload["arena"]].memory, payload["description"])
         except Exception as error:
-            self._arenas.pop(payload["arena"], None)
             job.problem = error
         return job
 
     def _forget(self, arenas: list[int]) -> None:
         known = [self._arenas.pop(arena) for arena in arenas if arena in self._arenas]
         if known:
+            while known:
+                known.pop().close()
             # An image's worth of memory must not wait for the collector: tracebacks of a save may refer to it.
-            known.clear()
             gc.collect()
 
     def _find(self, number: int) -> Job | None:
@@ -183,17 +198,18 @@ class Writing:
 
     def _write(self, job: Job) -> None:
         shared = self._shared_tensors(job)
-        if job.problem is not None or job.image is None:
-            raise CheckpointProcessError(
-                f"the checkpoint process {os.getpid()} could not map the memory of the snapshot: {job.problem}",
-                pid=os.getpid(),
-            ) from job.problem
         path, arguments = unpack(job.call, ())
-        _enter(job.working_directory, path)
+        try:
+            _enter(job.working_directory, path)
+            image = _mapped(job)
+        except Exception as error:
+            if self.takes_images:
+                self._writer.give_up(path, error, **arguments)  # the other ranks wait for this one
+            raise
         if self.takes_images:
-            self._writer.write_staged(path, job.image, **arguments)
+            self._writer.write_staged(path, image, **arguments)
             return
-        state = job.image.load()
+        state = image.load()
         put_shared_tensors(state, shared)
         pending = self._writer.write(path=path, state_dict=state, **arguments)
         if isinstance(pending, Future):
@@ -222,6 +238,16 @@ class Writing:
                 path=str(path),
                 phase="write",
             ) from None
+
+
+def _mapped(job: Job) -> StagedImage:
+    if job.problem is not None or job.image is None:
+        raise CheckpointProcessError(
+            f"the checkpoint process {os.getpid()} could not map the memory of the snapshot: {job.problem}. Nothing "
+            "was written, earlier checkpoints are untouched.",
+            pid=os.getpid(),
+        ) from job.problem
+    return job.image
 
 
 def _enter(directory: str | None, path: object) -> None:
