@@ -393,6 +393,20 @@ def test_a_checkpoint_whose_data_the_disk_does_not_give_is_passed_over_and_left_
     assert assert_resumes(root, 30) == ()
 
 
+def test_when_the_disk_gives_none_of_them_it_says_so_and_speaks_of_no_damage(root: Path) -> None:
+    with manager_of(root, ops=failing_ops("open_read", errno.EIO)) as manager, pytest.raises(StorageError) as caught:
+        restore(manager)
+    for word in ("step 10", "step 20", "step 30", "Everything is still there"):
+        assert word in str(caught.value)
+    damage(file_of(root, 10))
+    newer = {str(file_of(root, 20)), str(file_of(root, 30))}
+    ops = failing_ops("open_read", errno.EIO)
+    ops.replace_call("open_read", lambda real, path: _refuse(path if path in newer else "", real, path))
+    with manager_of(root, ops=ops) as manager, pytest.raises(CorruptCheckpointError):
+        restore(manager)
+    assert assert_resumes(root, 30) == ()
+
+
 def _refuse(refused: str, real: Callable[[str], int], path: str) -> int:
     if path == refused:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

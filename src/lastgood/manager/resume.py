@@ -32,13 +32,15 @@ _RESUMABLE = (Condition.COMMITTED, Condition.FOREIGN)
 class PassedOver(msgspec.Struct, frozen=True):
     """A checkpoint that could not be used. ``is_damaged``: its bytes are not what was written, now and for ever.
 
-    ``save_id`` tells it from one that is saved later under the same name.
+    ``save_id`` tells it from one that is saved later under the same name. ``is_unreadable``: the operating system did
+    not give it, this time.
     """
 
     step: int
     problem: str
     is_damaged: bool
     save_id: str | None = None
+    is_unreadable: bool = False
 
 
 class Resumed(msgspec.Struct, frozen=True):
@@ -58,6 +60,7 @@ class _Vote(msgspec.Struct, frozen=True):
     problem: str | None = None
     is_damaged: bool = False
     is_fatal: bool = False
+    is_unreadable: bool = False
 
 
 def find_candidates(storage: StorageBackend, root: str, *, writer_timeout_secs: float) -> list[Entry]:
@@ -98,8 +101,9 @@ def resume(entries: Sequence[Entry], load: Callable[[Entry], None], ranks: Ranks
     """Load the first of ``entries`` that every rank can load by ``load``; to be called by all ranks.
 
     Where a checkpoint is damaged, unfinished or cannot be read, on one rank or all, all go on with the next. Any other
-    error of a load is raised, on all ranks; and :class:`~lastgood.errors.CorruptCheckpointError` if there are
-    checkpoints and none can be used: a training must not begin anew without somebody's knowing.
+    error of a load is raised, on all ranks. So is :class:`~lastgood.errors.CorruptCheckpointError` if there are
+    checkpoints and none can be used, or :class:`~lastgood.errors.StorageError` if that is because they cannot be read,
+    and none is damaged: a training must not begin anew without somebody's knowing.
     """
     passed_over: list[PassedOver] = []
     was_there = False
@@ -157,12 +161,17 @@ def _load_on_all(entry: Entry, load: Callable[[Entry], None], ranks: Ranks) -> P
     rank, problem = problems[0]
     told = problem if len(votes) == 1 else f"on {len(problems)} of {len(votes)} ranks, on rank {rank}: {problem}"
     is_damaged = any(other.is_damaged for other in votes)
-    return PassedOver(entry.step, str(told), is_damaged, entry.save_id)
+    is_unreadable = any(other.is_unreadable for other in votes)
+    return PassedOver(entry.step, str(told), is_damaged, entry.save_id, is_unreadable)
 
 
 def _try(entry: Entry, load: Callable[[Entry], None]) -> tuple[_Vote, Exception | None]:
     if entry.condition not in _RESUMABLE:
-        return _Vote(entry.problem, is_damaged=entry.condition is Condition.DAMAGED), None
+        return _Vote(
+            entry.problem,
+            is_damaged=entry.condition is Condition.DAMAGED,
+            is_unreadable=entry.condition is Condition.UNREADABLE,
+        ), None
     try:
         load(entry)
     except CorruptCheckpointError as error:
@@ -174,16 +183,20 @@ def _try(entry: Entry, load: Callable[[Entry], None]) -> tuple[_Vote, Exception 
         is_ours = entry.is_committed
         return _Vote(str(error), is_fatal=is_ours), error
     except (CheckpointNotFoundError, UncommittedCheckpointError, StorageError) as error:
-        return _Vote(str(error)), error
+        return _Vote(str(error), is_unreadable=isinstance(error, StorageError)), error
     except Exception as error:
         return _Vote(f"{type(error).__name__}: {error}", is_fatal=True), error
     return _Vote(), None
 
 
-def _none_is_good(entries: Sequence[Entry], passed_over: Sequence[PassedOver]) -> CorruptCheckpointError:
+def _none_is_good(entries: Sequence[Entry], passed_over: Sequence[PassedOver]) -> LastgoodError:
     listed = "; ".join(f"step {passed.step}: {passed.problem}" for passed in passed_over)
     root = os.path.dirname(entries[0].path)
-    return CorruptCheckpointError(
+    is_out_of_reach = any(passed.is_unreadable for passed in passed_over) and not any(
+        passed.is_damaged for passed in passed_over
+    )
+    kind = StorageError if is_out_of_reach else CorruptCheckpointError
+    return kind(
         f"none of the checkpoints under {root} can be used, and the training was not begun anew without being asked: "
         f"{listed}. Everything is still there. What the state held may have been overwritten in part. `lastgood doctor "
         f"{root}` says more; to begin at step 0, use another root or move these away.",
