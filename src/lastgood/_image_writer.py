@@ -56,7 +56,7 @@ def write_file(
     no_progress_timeout_secs: float,
 ) -> StreamedWrite:
     """:func:`write_durably` for a file of ``size`` bytes that ``write`` fills."""
-    upload = StorageInTime(storage, no_progress_timeout_secs).begin(path, size)
+    upload = StorageInTime(storage, no_progress_timeout_secs).begin_unwatched(path, size)
     try:
         with _events.phase("write", path, rank=rank, nbytes=size):
             write(upload)

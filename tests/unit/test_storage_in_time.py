@@ -118,7 +118,8 @@ def test_every_call_of_a_backend_has_the_limit(tmp_path: Path, ops: RecordingFil
     LocalStorage().put(file, b"old")
     storage = StorageInTime(LocalStorage(ops), 0.1)
     opened = storage.open(file)
-    hang("status", "open_read", "open_exclusive", "list_directory", "unlink", "pread_into")
+    begun = storage.begin(str(tmp_path / "other"), 3)
+    hang("status", "open_read", "open_exclusive", "list_directory", "unlink", "pread_into", "pwrite")
     for call in (
         lambda: storage.put(file, b"new"),
         lambda: storage.put_if_absent(file, b"new"),
@@ -127,6 +128,7 @@ def test_every_call_of_a_backend_has_the_limit(tmp_path: Path, ops: RecordingFil
         lambda: storage.list(str(tmp_path)),
         lambda: storage.delete(file),
         lambda: opened.read_into(0, memoryview(bytearray(3))),
+        lambda: begun.write_at(0, memoryview(b"new")),
     ):
         with pytest.raises(StorageError, match=r"did not answer within 0\.1 s"):
             call()

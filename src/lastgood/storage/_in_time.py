@@ -22,8 +22,8 @@ _READ_ONLY = "Nothing was changed."
 class StorageInTime:
     """The same :class:`~lastgood.storage.base.StorageBackend`, whose calls end within ``timeout_secs`` each.
 
-    A call that does not raises :class:`~lastgood.errors.StorageError`. The one exception is ``write_at``: whoever
-    writes with several threads watches over them.
+    A call that does not raises :class:`~lastgood.errors.StorageError`. The exceptions are what comes from
+    :meth:`begin_unwatched` and :meth:`open_unwatched`: whoever transfers with several threads watches over them.
     """
 
     def __init__(self, storage: StorageBackend, timeout_secs: float) -> None:
@@ -31,11 +31,17 @@ class StorageInTime:
         self._timeout_secs = timeout_secs
 
     def begin(self, path: str, size: int) -> StreamedWrite:
+        return _WriteInTime(self._begin(path, size), path, self._call)
+
+    def begin_unwatched(self, path: str, size: int) -> StreamedWrite:
+        """Begin in time, and end so; the calls of ``write_at`` are for the caller to watch over."""
+        return _UnwatchedWrite(self._begin(path, size), path, self._call)
+
+    def _begin(self, path: str, size: int) -> StreamedWrite:
         def undo(write: StreamedWrite) -> None:
             _WriteInTime(write, path, self._call).abort()
 
-        write = self._obtain(lambda: self._storage.begin(path, size), undo, "begin", path, _NOTHING)
-        return _WriteInTime(write, path, self._call)
+        return self._obtain(lambda: self._storage.begin(path, size), undo, "begin", path, _NOTHING)
 
     def try_lock(self, path: str, *, shared: bool = False) -> StorageLock | None:
         def undo(lock: StorageLock | None) -> None:
@@ -141,7 +147,7 @@ class _WriteInTime:
         self._committed = False
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        self._write.write_at(offset, data)
+        self._call(lambda: self._write.write_at(offset, data), "write", self._path, _NOTHING)
 
     def make_durable(self) -> None:
         self._call(self._write.make_durable, "make durable", self._path, _NOTHING)
@@ -158,6 +164,11 @@ class _WriteInTime:
             self._call(self._write.abort, "abort", self._path, _NOTHING)
         except StorageError as error:
             logger.warning("%s The temporary of %s stays behind until the next save of that name.", error, self._path)
+
+
+class _UnwatchedWrite(_WriteInTime):
+    def write_at(self, offset: int, data: memoryview) -> None:
+        self._write.write_at(offset, data)
 
 
 class _LockInTime:

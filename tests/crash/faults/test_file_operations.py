@@ -12,12 +12,19 @@ import pytest
 from tests.crash.faults.cases import Setting, Trial, some
 from tests.crash.faults.loads import LoadFile, LoadInPlace, LoadNew, LoadOfTwoRanks, LoadPart, Verify
 from tests.crash.faults.managed import Prune, Resume, SaveOfRun
-from tests.crash.faults.saves import FirstSave, Overwrite, SaveFile, SaveWithManifest
+from tests.crash.faults.saves import (
+    FirstSave,
+    Overwrite,
+    SaveFile,
+    SaveOfVotingRank0,
+    SaveOfVotingRank1,
+    SaveWithManifest,
+)
 
 SETTINGS = [
     *(Setting(FirstSave), Setting(FirstSave, has_direct_io=False)),
     *(Setting(Overwrite), Setting(Overwrite, has_direct_io=False)),
-    *map(Setting, (SaveFile, SaveWithManifest, SaveOfRun, Prune, Resume)),
+    *map(Setting, (SaveFile, SaveWithManifest, SaveOfVotingRank0, SaveOfVotingRank1, SaveOfRun, Prune, Resume)),
     *(Setting(LoadNew), Setting(LoadNew, is_cold=False)),
     *(Setting(LoadInPlace), Setting(LoadInPlace, is_cold=False)),
     *map(Setting, (LoadPart, LoadFile, LoadOfTwoRanks, Verify)),

@@ -47,13 +47,17 @@ class Ranks:
         world_size: int,
         *,
         timeout_secs: float = 600,
+        no_progress_timeout_secs: float = 600,
         job: str | None = None,
         storages: dict[int, StorageBackend] | None = None,
         hooks: dict[int, Callable[[str], None]] | None = None,
         replicated: Sequence[str] = (),
     ) -> None:
         self.coordinations = coordinations(world_size, job)
-        config = CheckpointWriterConfig(write_barrier_timeout_secs=timeout_secs)  # type: ignore[arg-type]
+        config = CheckpointWriterConfig(
+            timeout_secs,  # type: ignore[arg-type]
+            no_progress_timeout_secs=no_progress_timeout_secs,
+        )
         self.writers = [
             CheckpointWriter(
                 config,
