@@ -202,6 +202,17 @@ def test_a_failed_fsync_of_the_directory_says_that_the_file_is_there(
     assert names_in(tmp_path) == ["file"]
 
 
+def test_a_failed_fsync_of_the_directory_behind_a_name_that_stays_says_not_to_save_there_again(
+    ops: RecordingFileOps, storage: LocalStorage, tmp_path: Path
+) -> None:
+    """A manifest: whoever saves to the same path again meets a checkpoint that may not be replaced."""
+    write = storage.begin(str(tmp_path / "file"), 0)
+    ops.fail("fsync_directory", errno.EIO)
+    with pytest.raises(StorageError, match=r"The new file has its name.*to another path"):
+        write.commit(replace=False)
+    assert names_in(tmp_path) == ["file"]
+
+
 def test_a_file_system_without_fsync_of_directories_is_no_error(
     ops: RecordingFileOps, storage: LocalStorage, tmp_path: Path
 ) -> None:

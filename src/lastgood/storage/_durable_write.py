@@ -31,6 +31,8 @@ _SMALLEST_DIRECT_WRITE = 64 << 10
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.tmp", re.DOTALL)
 _RESERVE_ATTEMPTS = 16
 _CREATE_ATTEMPTS = 64
+_REPLACED = "The new file has its name and is whole, but a power cut may bring back the one before: save again."
+_NAMED = "The new file has its name and is whole, but a power cut may take it away: save once more, to another path."
 
 
 def is_temporary(name: str) -> bool:
@@ -81,7 +83,7 @@ class DurableWrite:
         while done < len(data) and not self._descriptors.closed:
             descriptor, length = self._route(address + done, offset + done, len(data) - done)
             try:
-                written = self._ops.pwrite(descriptor, data[done : done + length], offset + done)
+                written = pwrite_some(self._ops, descriptor, data[done : done + length], offset + done)
             except InterruptedError:
                 continue
             except OSError as error:
@@ -89,8 +91,6 @@ class DurableWrite:
                     self._give_up_direct(error)
                     continue
                 raise self._write_error(error) from error
-            if written <= 0:
-                raise OSError(errno.EIO, "the operating system wrote nothing and gave no reason")
             done += written
         if done < len(data):
             raise ConfigError(f"{self._path} was aborted while a thread was writing to it", path=self._path)
@@ -158,7 +158,7 @@ class DurableWrite:
                 raise
             self._state = "ended"
             self._descriptors.close()
-            safe = "The new file has its name and is whole, but a power cut may bring back the one before: save again."
+            safe = _REPLACED if replace else _NAMED
             with translated("fsyncing the directory of", self._path, phase="publish", safe=safe):
                 sync_directory(self._ops, os.path.dirname(self._path))
 
@@ -175,6 +175,14 @@ class DurableWrite:
         except OSError as error:
             logger.warning("could not remove %s (%s): the next save of this name will", self._temporary, error)
         self._descriptors.close()
+
+
+def pwrite_some(ops: FileOps, descriptor: int, data: memoryview, offset: int) -> int:
+    """How many of the bytes, of which there are some, were written: one or more, so that whoever goes on gets on."""
+    written = ops.pwrite(descriptor, data, offset)
+    if written <= 0:
+        raise OSError(errno.EIO, "the operating system wrote nothing and gave no reason")
+    return written
 
 
 def publish_if_absent(ops: FileOps, temporary: str, path: str) -> None:

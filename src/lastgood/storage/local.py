@@ -11,6 +11,7 @@ from lastgood.storage._durable_write import (
     existing_part,
     is_temporary,
     make_directories,
+    pwrite_some,
     refuse_directory,
     sync_directory,
 )
@@ -78,7 +79,7 @@ class LocalStorage:
                 while left:
                     # At the file's end, whatever the offset says: that is what it was opened for.
                     with contextlib.suppress(InterruptedError):
-                        left = left[self._ops.pwrite(descriptor, left, 0) :]
+                        left = left[pwrite_some(self._ops, descriptor, left, 0) :]
             finally:
                 self._ops.close(descriptor)
 
