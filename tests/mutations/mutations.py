@@ -14,7 +14,12 @@ class Mutation(NamedTuple):
 
 
 _POWER = "tests/crash/power_cuts"
-_LOCAL = ("tests/storage/test_durable_write.py", "tests/storage/test_local.py", "tests/storage/test_directories.py")
+_LOCAL = (
+    "tests/storage/test_durable_write.py",
+    "tests/storage/test_local.py",
+    "tests/storage/test_directories.py",
+    "tests/storage/test_names.py",
+)
 _WRITE = "storage/_durable_write.py"
 _DAMAGE = ("tests/unit/loading/test_corruption.py", "tests/unit/loading/test_whole_verification.py")
 _VOTES = ("tests/unit/coordination/test_votes.py", "tests/unit/sharding/test_votes.py")
@@ -116,7 +121,7 @@ FSYNCS = (
         "manager/restoring.py",
         "                self._storage.settle(directory)\n",
         "                pass\n",
-        ("tests/manager", _POWER),
+        (_POWER,),
     ),
     Mutation(
         "no second fsync after one that failed",
@@ -367,9 +372,9 @@ ORDER = (
     ),
     Mutation(
         "no other job has taken over while a rank's file is published",
-        "checkpoint_writer.py",
-        "                with together.publication():\n",
-        "                with contextlib.nullcontext():\n",
+        "_coordination/together.py",
+        "        with publishing(self._storage, self._root, epoch, self._timeout_secs):\n            yield\n",
+        "        yield\n",
         (*_VOTES, "tests/distributed/test_votes_processes.py"),
     ),
     Mutation(
@@ -393,7 +398,7 @@ ORDER = (
         "manager/removal.py",
         "        check(storage, decision.keep[-1].entry)\n",
         "        pass\n",
-        _REMOVAL,
+        ("tests/manager/test_resume.py", *_REMOVAL),
     ),
     Mutation(
         "the newest checkpoint stays, whatever the rules say",
@@ -414,7 +419,7 @@ ORDER = (
         "_staged_image.py",
         "            while not self._is_complete:\n                self._wait_for_change(timeout_secs)\n",
         "            pass\n",
-        ("tests/async/test_consistency.py", "tests/async/test_plan.py", "tests/survival/test_after_failures.py"),
+        ("tests/async/test_staged_image.py", "tests/async/test_consistency.py"),
     ),
     Mutation(
         "a tensor that changed between the call and its copy ends the save",

@@ -75,3 +75,16 @@ def test_nothing_is_removed_on_the_strength_of_what_a_killed_process_has_left() 
     for state in ops.all_states(ops.operation_count, coarse=is_log):
         with manager_on(state) as manager:
             assert restore(manager)[0] in (1, 2)
+
+
+def test_a_checkpoint_that_a_killed_process_has_left_stays_once_it_was_resumed_from() -> None:
+    """Training goes on from it, and may be told by others by its step."""
+    ops = CrashFileOps()
+    with manager_on(ops) as manager:
+        save(ops, manager, 1, 1)
+    save_and_die(ops, DyingFileOps(ops, after="replace"), None, 2, 2)
+    with manager_on(ops) as manager:
+        assert restore(manager)[0] == 2
+    for state in ops.all_states(ops.operation_count, coarse=is_log):
+        with manager_on(state) as manager:
+            assert restore(manager)[0] == 2

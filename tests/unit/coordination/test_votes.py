@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from tests.distributed.barrier_ranks import finished, start
 from tests.helpers.saves import assert_state, contents, read, state_of, temporaries
+from tests.helpers.workers import PATIENCE_SECS
 from tests.storage.recording import RecordingFileOps
 from tests.unit.coordination.ranks_here import Ranks, coordinations
 
@@ -69,6 +71,29 @@ def assert_not_committed(path: Path, world_size: int = 3) -> None:
     for rank in range(world_size):
         with pytest.raises((UncommittedCheckpointError, CorruptCheckpointError, FileNotFoundError)):
             read(path, rank, world_size)
+
+
+def test_what_another_job_commits_while_rank_0_waits_for_its_lock_is_met_before_anything_is_written(
+    make_ranks: Any, tmp_path: Path
+) -> None:
+    other, path = tmp_path / "other", tmp_path / "step-1"
+    assert make_ranks().save(other, 1) == [None] * 3
+    ops, waits = RecordingFileOps(), threading.Event()
+
+    def lock(real: Callable[[int], bool], descriptor: int) -> bool:
+        waits.set()
+        return real(descriptor)
+
+    ops.replace_call("lock", lock)
+    ranks = make_ranks(storages={0: LocalStorage(ops)})
+    held = LocalStorage().try_lock(checkpoint_file(str(path), 0))
+    assert held is not None
+    saves = ranks.start(path, 10)
+    assert waits.wait(PATIENCE_SECS)
+    shutil.copy(other / "manifest.json", path)
+    held.release()
+    assert isinstance(finished(saves)[0], CheckpointExistsError)
+    assert ops.of("pwrite") == []
 
 
 def test_all_ranks_files_and_the_manifest_have_the_one_save_id(make_ranks: Any, tmp_path: Path) -> None:
@@ -280,18 +305,22 @@ def test_a_file_that_is_not_the_one_just_written_is_not_voted_for(make_ranks: An
     assert_not_committed(path)
 
 
-@pytest.mark.parametrize("committed", [True, False])
+@pytest.mark.parametrize("manifest", ["its own", "another job's", "none"])
 def test_when_rank_0_is_lost_after_the_last_vote_the_manifest_says_how_it_ended(
-    make_ranks: Any, tmp_path: Path, committed: bool
+    make_ranks: Any, tmp_path: Path, manifest: str
 ) -> None:
     """Its process dies with the store, just before or just after it has published."""
-    ranks = make_ranks()
-    path = tmp_path / "step-1"
+    ops, other, path = RecordingFileOps(), tmp_path / "other", tmp_path / "step-1"
+    assert make_ranks().save(other, 1) == [None] * 3
+    ranks = make_ranks(storages={1: LocalStorage(ops)})
 
     def die(save: SaveTogether) -> None:
-        if committed:
+        if manifest == "its own":
             save._is_told = True
             publish(save)
+        elif manifest == "another job's":
+            shutil.copy(other / "manifest.json", path)
+        ops.calls.clear()
         ranks.writers[0]._coordinator._server = None
         save._exchange._connection.close()
         raise SystemError("rank 0 died")
@@ -303,16 +332,19 @@ def test_when_rank_0_is_lost_after_the_last_vote_the_manifest_says_how_it_ended(
         patch.setattr(SaveTogether, "give_up", lambda *_: None)
         errors = ranks.save(path, 1)
     assert isinstance(errors[0], SystemError)
-    if committed:
+    if manifest == "its own":
         assert errors[1:] == [None, None]
         for rank in range(3):
             assert_state(read(path, rank, 3), 1 + rank)
+        # Rank 0 may have died before it had made the name certain.
+        assert [call.path for call in ops.of("fsync_directory")] == [str(path)]
     else:
         for error in errors[1:]:
             assert isinstance(error, BarrierTimeoutError)
             assert error.missing_ranks == (0,)
             assert "broke" in str(error)
-        assert_not_committed(path)
+        if manifest == "none":
+            assert_not_committed(path)
 
 
 def test_a_store_served_anew_at_the_same_address_is_found_by_those_who_knew_the_old_one(
