@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.crash.small_disk import MIB, full_disk, read_only_directory, read_only_disk, seen_by
+from tests.crash.small_disk import full_disk, read_only_directory, read_only_disk
+from tests.helpers.disks import MIB, seen_by
 from tests.helpers.saves import save
 from tests.helpers.workers import Worker
 

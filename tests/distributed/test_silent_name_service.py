@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.crash.small_disk import mount_for_this_process
 from tests.distributed.barrier_ranks import make_together, meet, reserved_port, start, store_arguments
+from tests.helpers.disks import mount_for_this_process
 from tests.helpers.workers import Worker
 
 _NAME_SERVER = ("127.0.0.53", 53)

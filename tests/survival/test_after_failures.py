@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.crash.small_disk import seen_by
 from tests.distributed.barrier_ranks import start
+from tests.helpers.disks import seen_by
 from tests.helpers.saves import assert_state, commit_together, contents, read, state_of, temporaries
 from tests.helpers.workers import PATIENCE_SECS, Worker
 from tests.process import in_child

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tests.crash.small_disk import elements_of, mount_small_disk
+from tests.helpers.disks import elements_of, mount_small_disk
 from tests.helpers.saves import read, state_of
 from tests.helpers.workers import PATIENCE_SECS, Worker
 from tests.process import in_child

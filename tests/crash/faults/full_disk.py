@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.crash.small_disk import MIB, elements_of, mount_small_disk
+from tests.helpers.disks import MIB, elements_of, mount_small_disk
 from tests.helpers.saves import assert_state, state_of
 from tests.helpers.workers import PATIENCE_SECS
 from tests.manager.runs import directories

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.crash.faults.full_disk import run_on_full_disk
-from tests.crash.small_disk import seen_by
+from tests.helpers.disks import seen_by
 from tests.helpers.workers import Worker
 
 from lastgood.errors import StorageError
