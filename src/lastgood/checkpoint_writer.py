@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from lastgood import _events
 from lastgood._coordination.calls import Coordination
@@ -90,6 +90,7 @@ class CheckpointWriter:
     is_in_hook = False
     """Whether code of the user's is running, whose waits nobody bounds."""
 
+    _barrier: "Barrier | None" = None
     _coordination: Coordination | None = None
     _coordinator: "Coordinator | None" = None
     _divider: "Divider | None" = None
@@ -178,14 +179,16 @@ class CheckpointWriter:
 
         self._save(path, prepare, kwargs, lambda: staged.replica_checksums)
 
-    def give_up(self, path: str, error: Exception, /, **kwargs: Any) -> NoReturn:
-        """Raise ``error``, why a save that the other ranks expect cannot be begun here, after they have been told."""
+    def abandon(self, path: str, error: BaseException, /, **kwargs: Any) -> None:
+        """Tell the other ranks, who expect this save, why it cannot be begun here.
 
-        def prepare() -> _WriteFile:
-            raise error
-
-        self._save(path, prepare, kwargs)
-        raise AssertionError("unreachable: what cannot be prepared is not saved")
+        In the place of a call of :meth:`write` with these ``kwargs``. Writes nothing; where the ranks have no way to
+        tell each other, does nothing.
+        """
+        call = kwargs.pop(SAVE_CALL, None)
+        coordinator = self._own_coordinator()
+        together = None if coordinator is None else coordinator.save(call, _directory(path), self._storage_in_time)
+        self._tell_others(error, together)
 
     def _save(
         self,

@@ -396,7 +396,7 @@ def test_a_checkpoint_whose_data_the_disk_does_not_give_is_passed_over_and_left_
 def test_when_the_disk_gives_none_of_them_it_says_so_and_speaks_of_no_damage(root: Path) -> None:
     with manager_of(root, ops=failing_ops("open_read", errno.EIO)) as manager, pytest.raises(StorageError) as caught:
         restore(manager)
-    for word in ("step 10", "step 20", "step 30", "Everything is still there"):
+    for word in ("step 10", "step 20", "step 30", "None is known to be damaged"):
         assert word in str(caught.value)
     damage(file_of(root, 10))
     newer = {str(file_of(root, 20)), str(file_of(root, 30))}

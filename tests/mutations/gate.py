@@ -67,7 +67,10 @@ def run_tests(source: Path, tests: Sequence[str], base: Path) -> tuple[int, str]
 def _noticed(mutation: Mutation) -> Result:
     """:func:`try_one`, and a line for whoever watches."""
     result = try_one(mutation)
-    print(f"{result.seconds:4.0f} s  {mutation.what}: {result.noticed_by or 'NOBODY NOTICED'}", file=sys.stderr)
+    print(
+        f"{result.seconds:4.0f} s  {mutation.what}: {result.noticed_by or result.problem or 'NOBODY NOTICED'}",
+        file=sys.stderr,
+    )
     return result
 
 

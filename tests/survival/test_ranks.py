@@ -157,8 +157,8 @@ def test_hazard_26_a_snapshot_that_cannot_be_mapped_is_told_to_the_other_rank(st
     first, second = job.ranks
     pid = job.processes[1].pid
     limits = resource.prlimit(pid, resource.RLIMIT_AS)
-    resource.prlimit(pid, resource.RLIMIT_AS, (address_space(pid) + (8 << 20), limits[1]))
-    second.start(ranks.save, str(tmp_path / "step-1"), 1, ELEMENTS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (address_space(pid) + (64 << 20), limits[1]))
+    second.start(ranks.save, str(tmp_path / "step-1"), 1, 10 * ELEMENTS)
     with pytest.raises(BarrierTimeoutError, match="could not map the memory") as caught:
         first.call(ranks.save, str(tmp_path / "step-1"), 0)
     assert caught.value.missing_ranks == (1,)

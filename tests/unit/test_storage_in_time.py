@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.helpers.saves import assert_state, contents, read, save, state_of, temporaries
-from tests.storage.recording import RecordingFileOps
+from tests.storage.recording import RecordingFileOps, descriptors_left_open
 
 from lastgood.barriers import Barrier
 from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
@@ -133,6 +133,20 @@ def test_every_call_of_a_backend_has_the_limit(tmp_path: Path, ops: RecordingFil
         with pytest.raises(StorageError, match=r"did not answer within 0\.1 s"):
             call()
     opened.close()
+    begun.abort()
+
+
+def test_a_write_that_comes_back_when_it_was_given_up_leaves_nothing(
+    tmp_path: Path, ops: RecordingFileOps, hang: Any
+) -> None:
+    write = StorageInTime(LocalStorage(ops), 0.1).begin(str(tmp_path / "file"), 3)
+    hanging = hang("pwrite")
+    with pytest.raises(StorageError, match=r"did not answer within 0\.1 s"):
+        write.write_at(0, memoryview(b"new"))
+    write.abort()
+    hanging.release()
+    assert list(tmp_path.iterdir()) == []
+    assert descriptors_left_open(ops) == set()
 
 
 def test_in_time_it_is_the_same_storage(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From the index back to values: the structure, and what is not tensors."""
+"""From the index back to values: the structure, and all that stands in it."""
 
 import struct
 from collections import OrderedDict

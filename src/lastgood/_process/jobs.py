@@ -19,7 +19,7 @@ from lastgood._process.pipe import Received, RequestType, WorkerResponse, close_
 from lastgood._process.shared_tensors import put_shared_tensors
 from lastgood._staged_image import StagedImage
 from lastgood.checkpoint_writer import CheckpointWriter
-from lastgood.errors import CheckpointProcessError, SaveTimeoutError, StagingError
+from lastgood.errors import CheckpointProcessError, SaveTimeoutError, StagingError, StorageError
 
 _WAIT_SECS = 60.0
 
@@ -27,23 +27,24 @@ _WAIT_SECS = 60.0
 class _Arena:
     """A trainer's arena: its memory, for as long as anybody looks at it.
 
-    The trainer sends it once. So it is mapped when a save needs it, and where that fails, by the next one that does.
+    The trainer sends its descriptor once, and anew where it has grown. What cannot be mapped for one save is tried
+    again for the next.
     """
 
-    def __init__(self, descriptor: int, size: int) -> None:
+    def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._size = size
         self._memory: memoryview | None = None
 
-    @property
-    def memory(self) -> memoryview:
-        if self._memory is None:
-            self._memory = memoryview(mmap.mmap(self._descriptor, self._size))
-            self.close()  # the mapping has a descriptor of its own
+    def memory(self, size: int) -> memoryview:
+        """The arena, which has ``size`` bytes now. It may have had more when it was mapped."""
+        if self._descriptor < 0:  # which mmap would take for memory that is nobody's
+            raise ValueError("this arena was given up")
+        if self._memory is None or len(self._memory) < size:
+            self._memory = memoryview(mmap.mmap(self._descriptor, size))
         return self._memory
 
     def close(self) -> None:
-        """It will not be mapped any more."""
+        """No save will be read from it any more; what is being read stays."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -96,8 +97,9 @@ class JobQueue:
         try:
             if payload["sends_arena"]:
                 self._forget([payload["arena"]])  # the same at another size
-                self._arenas[payload["arena"]] = _Arena(descriptors[0], payload["arena_size"])
-            job.image = StagedImage(self._arenas[payload["arena"]].memory, payload["description"])
+                self._arenas[payload["arena"]] = _Arena(descriptors[0])
+            memory = self._arenas[payload["arena"]].memory(payload["arena_size"])
+            job.image = StagedImage(memory, payload["description"])
         except Exception as error:
             job.problem = error
         return job
@@ -105,9 +107,10 @@ class JobQueue:
     def _forget(self, arenas: list[int]) -> None:
         known = [self._arenas.pop(arena) for arena in arenas if arena in self._arenas]
         if known:
+            # An image's worth of memory must not wait: not for a name here that still refers to it, nor for the
+            # collector where tracebacks of a save do.
             while known:
                 known.pop().close()
-            # An image's worth of memory must not wait for the collector: tracebacks of a save may refer to it.
             gc.collect()
 
     def _find(self, number: int) -> Job | None:
@@ -201,15 +204,15 @@ class Writing:
         path, arguments = unpack(job.call, ())
         try:
             _enter(job.working_directory, path)
-            image = _mapped(job)
-        except Exception as error:
-            if self.takes_images:
-                self._writer.give_up(path, error, **arguments)  # the other ranks wait for this one
+            image = _mapped(job, path)
+            state = None if self.takes_images else image.load()
+        except BaseException as error:
+            if isinstance(self._writer, CheckpointWriter):
+                self._writer.abandon(path, error, **arguments)  # the other ranks wait for this one
             raise
-        if self.takes_images:
+        if state is None:
             self._writer.write_staged(path, image, **arguments)
             return
-        state = image.load()
         put_shared_tensors(state, shared)
         pending = self._writer.write(path=path, state_dict=state, **arguments)
         if isinstance(pending, Future):
@@ -240,12 +243,14 @@ class Writing:
             ) from None
 
 
-def _mapped(job: Job) -> StagedImage:
+def _mapped(job: Job, path: object) -> StagedImage:
     if job.problem is not None or job.image is None:
         raise CheckpointProcessError(
-            f"the checkpoint process {os.getpid()} could not map the memory of the snapshot: {job.problem}. Nothing "
-            "was written, earlier checkpoints are untouched.",
+            f"the checkpoint process {os.getpid()} could not map the memory of the snapshot for {path}: {job.problem}. "
+            "Nothing was written, earlier checkpoints are untouched. Is its address space limited (ulimit -v)?",
             pid=os.getpid(),
+            path=str(path),
+            phase="write",
         ) from job.problem
     return job.image
 
@@ -256,9 +261,16 @@ def _enter(directory: str | None, path: object) -> None:
         return
     try:
         os.chdir(directory)
-    except OSError:
-        if not (isinstance(path, (str, os.PathLike)) and os.path.isabs(path)):
-            raise
+    except OSError as error:
+        if isinstance(path, (str, os.PathLike)) and os.path.isabs(path):
+            return
+        raise StorageError(
+            f"the checkpoint process cannot enter {directory}, where the trainer was and {path} is meant to be: "
+            f"{error.strerror}. Nothing was written, earlier checkpoints are untouched. Save to an absolute path.",
+            errno=error.errno,
+            path=str(path),
+            phase="write",
+        ) from error
 
 
 def failed(request_type: RequestType, error: BaseException, **payload: Any) -> WorkerResponse:

@@ -32,8 +32,8 @@ _RESUMABLE = (Condition.COMMITTED, Condition.FOREIGN)
 class PassedOver(msgspec.Struct, frozen=True):
     """A checkpoint that could not be used. ``is_damaged``: its bytes are not what was written, now and for ever.
 
-    ``save_id`` tells it from one that is saved later under the same name. ``is_unreadable``: the operating system did
-    not give it, this time.
+    ``save_id`` tells it from one that is saved later under the same name. ``is_unreadable``: storage did not give
+    it, this time.
     """
 
     step: int
@@ -55,7 +55,10 @@ class Resumed(msgspec.Struct, frozen=True):
 
 
 class _Vote(msgspec.Struct, frozen=True):
-    """What became of a load on one rank: all is well, or the checkpoint cannot be used, or nothing can go on."""
+    """What became of a load on one rank: all is well, or the checkpoint cannot be used, or nothing can go on.
+
+    At most one of the flags is set; none where the checkpoint is whole, and not one to resume from.
+    """
 
     problem: str | None = None
     is_damaged: bool = False
@@ -107,19 +110,22 @@ def resume(entries: Sequence[Entry], load: Callable[[Entry], None], ranks: Ranks
     """
     passed_over: list[PassedOver] = []
     was_there = False
+    unreadable: StorageError | None = None
     for entry in entries:
         if entry.condition is Condition.UNFINISHED:
             logger.info("step %d is passed over: %s", entry.step, entry.problem)
             passed_over.append(PassedOver(entry.step, str(entry.problem), is_damaged=False))
             continue
         was_there = True
-        problem = _load_on_all(entry, load, ranks)
+        problem, error = _load_on_all(entry, load, ranks)
         if problem is None:
             return Resumed(entry.step, tuple(passed_over))
+        if isinstance(error, StorageError):
+            unreadable = error
         logger.warning("the checkpoint of step %d is passed over: %s", entry.step, problem.problem)
         passed_over.append(problem)
     if was_there:
-        raise _none_is_good(entries, passed_over)
+        raise _none_is_good(entries, passed_over, unreadable) from unreadable
     return Resumed(None, tuple(passed_over))
 
 
@@ -144,8 +150,10 @@ def on_all(act: Callable[[], None], ranks: Ranks, what: str, path: str) -> None:
             raise LastgoodError(f"rank {rank} cannot {what}: {problem}", path=path, rank=rank)
 
 
-def _load_on_all(entry: Entry, load: Callable[[Entry], None], ranks: Ranks) -> PassedOver | None:
-    """Load it on all ranks; what was wrong with it, if anything."""
+def _load_on_all(
+    entry: Entry, load: Callable[[Entry], None], ranks: Ranks
+) -> tuple[PassedOver | None, Exception | None]:
+    """Load it on all ranks; what was wrong with it, if anything, and what was raised on this rank."""
     vote, error = _try(entry, load)
     votes = ranks.gather(vote)
     for rank, other in enumerate(votes):
@@ -157,12 +165,12 @@ def _load_on_all(entry: Entry, load: Callable[[Entry], None], ranks: Ranks) -> P
             )
     problems = [(rank, other.problem) for rank, other in enumerate(votes) if other.problem is not None]
     if not problems:
-        return None
+        return None, None
     rank, problem = problems[0]
     told = problem if len(votes) == 1 else f"on {len(problems)} of {len(votes)} ranks, on rank {rank}: {problem}"
     is_damaged = any(other.is_damaged for other in votes)
     is_unreadable = any(other.is_unreadable for other in votes)
-    return PassedOver(entry.step, str(told), is_damaged, entry.save_id, is_unreadable)
+    return PassedOver(entry.step, str(told), is_damaged, entry.save_id, is_unreadable), error
 
 
 def _try(entry: Entry, load: Callable[[Entry], None]) -> tuple[_Vote, Exception | None]:
@@ -189,14 +197,21 @@ def _try(entry: Entry, load: Callable[[Entry], None]) -> tuple[_Vote, Exception 
     return _Vote(), None
 
 
-def _none_is_good(entries: Sequence[Entry], passed_over: Sequence[PassedOver]) -> LastgoodError:
-    listed = "; ".join(f"step {passed.step}: {passed.problem}" for passed in passed_over)
+def _none_is_good(
+    entries: Sequence[Entry], passed_over: Sequence[PassedOver], unreadable: StorageError | None
+) -> LastgoodError:
+    listed = "; ".join(f"step {passed.step}: {passed.problem.rstrip('.')}" for passed in passed_over)
     root = os.path.dirname(entries[0].path)
-    is_out_of_reach = any(passed.is_unreadable for passed in passed_over) and not any(
-        passed.is_damaged for passed in passed_over
-    )
-    kind = StorageError if is_out_of_reach else CorruptCheckpointError
-    return kind(
+    if any(passed.is_unreadable for passed in passed_over) and not any(passed.is_damaged for passed in passed_over):
+        return StorageError(
+            f"none of the checkpoints under {root} can be read, and the training was not begun anew without being "
+            f"asked: {listed}. None is known to be damaged, and nothing was changed there; what the state held may "
+            "have been overwritten in part. Look at the device or the network behind this path, and start again.",
+            errno=None if unreadable is None else unreadable.errno,
+            path=root,
+            phase="restore",
+        )
+    return CorruptCheckpointError(
         f"none of the checkpoints under {root} can be used, and the training was not begun anew without being asked: "
         f"{listed}. Everything is still there. What the state held may have been overwritten in part. `lastgood doctor "
         f"{root}` says more; to begin at step 0, use another root or move these away.",

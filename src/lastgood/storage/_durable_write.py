@@ -23,6 +23,7 @@ from lastgood.storage._local_errors import (
     not_enough_space,
     storage_error,
     translated,
+    wrote_nothing,
 )
 from lastgood.storage.file_ops import NOT_SUPPORTED, FileOps
 
@@ -83,7 +84,7 @@ class DurableWrite:
         while done < len(data) and not self._descriptors.closed:
             descriptor, length = self._route(address + done, offset + done, len(data) - done)
             try:
-                written = pwrite_some(self._ops, descriptor, data[done : done + length], offset + done)
+                written = self._ops.pwrite(descriptor, data[done : done + length], offset + done)
             except InterruptedError:
                 continue
             except OSError as error:
@@ -91,6 +92,8 @@ class DurableWrite:
                     self._give_up_direct(error)
                     continue
                 raise self._write_error(error) from error
+            if written <= 0:
+                raise wrote_nothing("writing", self._path, phase="write", safe=UNTOUCHED)
             done += written
         if done < len(data):
             raise ConfigError(f"{self._path} was aborted while a thread was writing to it", path=self._path)
@@ -175,14 +178,6 @@ class DurableWrite:
         except OSError as error:
             logger.warning("could not remove %s (%s): the next save of this name will", self._temporary, error)
         self._descriptors.close()
-
-
-def pwrite_some(ops: FileOps, descriptor: int, data: memoryview, offset: int) -> int:
-    """How many of the bytes, of which there are some, were written: one or more, so that whoever goes on gets on."""
-    written = ops.pwrite(descriptor, data, offset)
-    if written <= 0:
-        raise OSError(errno.EIO, "the operating system wrote nothing and gave no reason")
-    return written
 
 
 def publish_if_absent(ops: FileOps, temporary: str, path: str) -> None:

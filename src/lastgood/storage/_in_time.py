@@ -22,8 +22,9 @@ _READ_ONLY = "Nothing was changed."
 class StorageInTime:
     """The same :class:`~lastgood.storage.base.StorageBackend`, whose calls end within ``timeout_secs`` each.
 
-    A call that does not raises :class:`~lastgood.errors.StorageError`. The exceptions are what comes from
-    :meth:`begin_unwatched` and :meth:`open_unwatched`: whoever transfers with several threads watches over them.
+    A call that does not raises :class:`~lastgood.errors.StorageError`. The exceptions are
+    ``write_at`` of what :meth:`begin_unwatched` gives and ``read_into`` of what :meth:`open_unwatched` does: whoever
+    transfers with several threads watches over them.
     """
 
     def __init__(self, storage: StorageBackend, timeout_secs: float) -> None:
@@ -34,7 +35,7 @@ class StorageInTime:
         return _WriteInTime(self._begin(path, size), path, self._call)
 
     def begin_unwatched(self, path: str, size: int) -> StreamedWrite:
-        """Begin in time, and end so; the calls of ``write_at`` are for the caller to watch over."""
+        """Begin, make durable and end in time; the calls of ``write_at`` are for the caller to watch over."""
         return _UnwatchedWrite(self._begin(path, size), path, self._call)
 
     def _begin(self, path: str, size: int) -> StreamedWrite:

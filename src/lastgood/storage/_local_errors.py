@@ -39,6 +39,16 @@ def storage_error(error: OSError, action: str, path: str, *, phase: str, safe: s
     return StorageError(f"{action} {path} failed{at}: {reason}. {safe}", errno=error.errno, path=path, phase=phase)
 
 
+def wrote_nothing(action: str, path: str, *, phase: str, safe: str) -> StorageError:
+    """The error for a write of some bytes that took none: going on would go on for ever."""
+    return StorageError(
+        f"{action} {path} failed: the operating system wrote nothing and gave no reason. {safe}",
+        errno=errno.EIO,
+        path=path,
+        phase=phase,
+    )
+
+
 @contextmanager
 def translated(action: str, path: str, *, phase: str, safe: str = UNTOUCHED) -> Iterator[None]:
     """Turn what the operating system raises in the block into a :class:`StorageError`; ours pass as they are."""

@@ -36,7 +36,11 @@ class StreamedWrite(Protocol):
         """
 
     def abort(self) -> None:
-        """Drop what was written. May be called several times, and after a failure; never raises."""
+        """Drop what was written. May be called several times, and after a failure; never raises.
+
+        Also while a ``write_at`` that was given up for being slow is still at work: that changes nothing any more that
+        could be published, and may fail.
+        """
 
 
 class StoredFile(Protocol):

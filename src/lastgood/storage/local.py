@@ -11,12 +11,11 @@ from lastgood.storage._durable_write import (
     existing_part,
     is_temporary,
     make_directories,
-    pwrite_some,
     refuse_directory,
     sync_directory,
 )
 from lastgood.storage._file_lock import FileLock, is_lock, try_file_lock
-from lastgood.storage._local_errors import UNCHANGED, name_taken, not_found, translated
+from lastgood.storage._local_errors import UNCHANGED, name_taken, not_found, translated, wrote_nothing
 from lastgood.storage._local_read import LocalFile, open_local_file
 from lastgood.storage.base import Buffer
 from lastgood.storage.file_ops import FileOps, OsFileOps
@@ -70,16 +69,20 @@ class LocalStorage:
 
     def append(self, path: str, data: Buffer) -> None:
         absolute, left = _absolute(path), memoryview(data).cast("B")
-        with translated("appending to", path, phase="append", safe="Some of it may have been added."):
+        safe = "Some of it may have been added."
+        with translated("appending to", path, phase="append", safe=safe):
             existing, missing = existing_part(self._ops, os.path.dirname(absolute), absolute)
             if missing:
                 make_directories(self._ops, existing, missing)
             descriptor = self._ops.open_append(absolute)
             try:
                 while left:
-                    # At the file's end, whatever the offset says: that is what it was opened for.
                     with contextlib.suppress(InterruptedError):
-                        left = left[pwrite_some(self._ops, descriptor, left, 0) :]
+                        # At the file's end, whatever the offset says: that is what it was opened for.
+                        written = self._ops.pwrite(descriptor, left, 0)
+                        if written <= 0:
+                            raise wrote_nothing("appending to", path, phase="append", safe=safe)
+                        left = left[written:]
             finally:
                 self._ops.close(descriptor)
 

@@ -16,7 +16,7 @@ DURABLE_WRITE = frozenset({"open_exclusive", "pwrite", "fsync", "replace", "fsyn
 READ = frozenset({"open_read", "pread_into"})
 
 LEFT_BY_A_FAILURE = 2
-"""A temporary and a lock: nothing that fails leaves more, but for the lock of the epoch where ranks vote."""
+"""A temporary and a lock: nothing that fails leaves more."""
 
 
 class Reported(StorageError):

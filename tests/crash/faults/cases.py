@@ -169,7 +169,7 @@ class Trial:
         assert failure.path.startswith(str(root))
         assert any(word in str(failure) for word in fault.words), failure
         # Where no checkpoint can be read, each has a cause of its own; they are told in words.
-        is_summary = isinstance(failure, (Reported, CorruptCheckpointError))
+        is_summary = isinstance(failure, (Reported, CorruptCheckpointError)) or failure.phase == "restore"
         if fault.kind not in STALLS and not is_summary:
             assert ERRORS.get(fault.kind, errno.EIO) in errors_that_caused(failure)
 

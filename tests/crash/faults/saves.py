@@ -120,6 +120,10 @@ def single_file_storage(ops: FileOps) -> Iterator[None]:
         _single_file.LocalStorage = LocalStorage  # type: ignore[misc]
 
 
+REFUSED = 99
+"""The number of a state that is never saved."""
+
+
 class _SaveOfTwo(Action):
     """Two ranks save step 2 under a manifest. The step before is committed."""
 
@@ -128,6 +132,9 @@ class _SaveOfTwo(Action):
     """By how much the numbers of the ranks' states differ."""
 
     left_by_a_failure = LEFT_BY_A_FAILURE
+    may_leave_locks = False
+    """Such that nobody holds, and no later save comes to."""
+
     step, number = 2, 20
 
     def prepare(self, root: Path) -> None:
@@ -157,7 +164,7 @@ class _SaveOfTwo(Action):
         """Save to the same path, if the commit has failed, and to the next one if it has not."""
         if self._is_committed(root):
             with contextlib.suppress(CheckpointExistsError):
-                self.save(root / f"step-{self.step}", 99)
+                self.save(root / f"step-{self.step}", REFUSED)
                 raise AssertionError("a committed checkpoint of two ranks was replaced")
             assert self._is_committed(root)
             self.step += 1
@@ -171,13 +178,15 @@ class _SaveOfTwo(Action):
         for step in range(1, self.step + 1):
             directory = root / f"step-{step}"
             # A manifest may keep the name under which it was written, beside its own, for as long as it is there, and
-            # a lock that nobody holds: no save comes to a committed checkpoint any more that could clear them away,
-            # and they take no space.
-            left = [name for name in names(directory) if not is_lock(name)]
+            # so may a lock: no save comes to a committed checkpoint any more that could clear them away, and they take
+            # no space.
+            left = [name for name in names(directory) if not (self.may_leave_locks and is_lock(name))]
             found = [name for name in left if not self._is_manifest_too(directory, name)]
+            assert not LocalStorage().has_writers(str(directory))
             assert found == ["checkpoint_0.pt", "checkpoint_1.pt", "manifest.json"]
         steps = [f"step-{step}" for step in range(1, self.step + 1)]
-        assert [name for name in names(root) if name != EPOCH_NAME and not is_lock(name)] == steps
+        found = [name for name in names(root) if not (self.may_leave_locks and is_lock(name))]
+        assert [name for name in found if name != EPOCH_NAME] == steps
 
     def _is_manifest_too(self, directory: Path, name: str) -> bool:
         return is_temporary(name) and (directory / name).samefile(directory / "manifest.json")
@@ -199,7 +208,7 @@ class SaveWithManifest(_SaveOfTwo):
         self.writer.write(str(root / "step-2"), state_of(20))
 
     def save(self, path: Path, number: int) -> None:
-        if number != 99:
+        if number != REFUSED:
             leave_rank_1s_file(str(path), number)
         self.writer.write(str(path), state_of(number))
 
@@ -209,7 +218,8 @@ class _SaveByVotes(_SaveOfTwo):
 
     spoilt: ClassVar[int]
     apart = 1
-    left_by_a_failure = LEFT_BY_A_FAILURE + 1
+    left_by_a_failure = LEFT_BY_A_FAILURE + 1  # the lock of the epoch
+    may_leave_locks = True
 
     def act(self, root: Path, ops: FileOps) -> None:
         secs = self.timeout_secs
