@@ -15,7 +15,7 @@ from lastgood._coordination.calls import Coordination
 from lastgood._image_writer import new_save_id, write_durably
 from lastgood._staged_image import StagedImage
 from lastgood._threads import call_with_timeout, start_or_do
-from lastgood.errors import BarrierTimeoutError, CheckpointExistsError, ConfigError
+from lastgood.errors import BarrierTimeoutError, CheckpointExistsError, ConfigError, StagingError
 from lastgood.format.commit import lock_for_writing, publish_manifest, refuse_committed, wait_for_manifest
 from lastgood.format.index_head import IndexHead, noted_in_head
 from lastgood.format.manifest import checkpoint_file, manifest_file
@@ -397,6 +397,8 @@ class CheckpointWriter:
         coordinator = self._own_coordinator()
         if coordinator is not None:
             coordinator.depart()
+        else:
+            self._tell_others(StagingError("the trainer is gone, and will ask for no more saves", phase="stage"), None)
 
     def close(self) -> None:
         """Release what the writer holds; ranks that vote may wait a moment for others that have not heard yet."""

@@ -133,6 +133,19 @@ def test_hazard_26_a_trainer_killed_before_it_has_staged_is_told_to_the_other_ra
             read(path, rank, 2)
 
 
+def test_hazard_26_a_trainer_killed_before_it_asked_for_a_save_is_told_to_the_other_rank(
+    start_job: Any, tmp_path: Path
+) -> None:
+    """Its checkpoint process, which has nothing to do, says so before it leaves."""
+    job = start_job()
+    first, second = job.ranks
+    second.kill()
+    with pytest.raises(BarrierTimeoutError, match="the trainer is gone") as caught:
+        first.call(ranks.save, str(tmp_path / "step-1"), 0)
+    assert caught.value.missing_ranks == (1,)
+    assert job.processes[1].wait()
+
+
 def test_hazard_26_a_save_that_was_not_begun_when_its_trainer_was_killed_is_told_to_the_other_rank(
     start_job: Any, tmp_path: Path
 ) -> None:
