@@ -76,7 +76,7 @@ def manifest_of(ranks: int, tensors: int = TENSORS) -> Manifest:
 
 
 @pytest.mark.parametrize("kind", scale_states.KINDS, ids=lambda kind: kind.name)
-def test_planning_a_save_takes_a_rank_no_longer_where_there_are_more(kind: scale_states.Parallelism) -> None:
+def test_hazard_25_planning_a_save_takes_a_rank_no_longer_where_there_are_more(kind: scale_states.Parallelism) -> None:
     few, many = save_calls(kind, 64), save_calls(kind, MANY)
     assert many <= 1.05 * few
     assert few > TENSORS, "that anything was counted"
@@ -108,7 +108,7 @@ def test_what_all_ranks_say_alike_grows_with_the_tensors_and_by_the_number_of_a_
 
 
 @pytest.mark.parametrize("each_differs", [False, True], ids=["all alike", "a value of its own each"])
-def test_counting_takes_rank_0_as_long_as_there_are_ranks(each_differs: bool) -> None:
+def test_hazard_25_counting_takes_rank_0_as_long_as_there_are_ranks(each_differs: bool) -> None:
     found = []
     for ranks in (512, 2048):
         ballot = ballot_of_one(ranks)
@@ -134,7 +134,7 @@ def test_the_manifest_grows_by_a_line_a_rank_and_a_line_a_tensor() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.5, 2])
-def test_finding_the_pieces_for_a_rank_takes_hardly_longer_where_there_are_more_ranks(factor: float) -> None:
+def test_hazard_25_finding_the_pieces_for_a_rank_takes_hardly_longer_where_there_are_more_ranks(factor: float) -> None:
     """Of tensors of the same shapes: the shards are smaller, and the work is that for the pieces which are found."""
     found = {}
     for ranks in (64, 4096):
