@@ -384,7 +384,7 @@ def test_a_checkpoint_whose_data_the_disk_does_not_give_is_passed_over_and_left_
     """It may be the network: what is there is tried again by the next run."""
     newest = str(file_of(root, 30))
     ops = failing_ops("open_read", errno.EIO)
-    ops.replace_call("open_read", lambda real, path: _refuse(newest, real, path))
+    ops.replace_call("open_read", lambda real, path: _refuse([newest], real, path))
     with manager_of(root, ops=ops) as manager:
         found, state = restore(manager)
         assert found == 20
@@ -399,16 +399,16 @@ def test_when_the_disk_gives_none_of_them_it_says_so_and_speaks_of_no_damage(roo
     for word in ("step 10", "step 20", "step 30", "None is known to be damaged"):
         assert word in str(caught.value)
     damage(file_of(root, 10))
-    newer = {str(file_of(root, 20)), str(file_of(root, 30))}
     ops = failing_ops("open_read", errno.EIO)
-    ops.replace_call("open_read", lambda real, path: _refuse(path if path in newer else "", real, path))
+    newer = [str(file_of(root, step)) for step in (20, 30)]
+    ops.replace_call("open_read", lambda real, path: _refuse(newer, real, path))
     with manager_of(root, ops=ops) as manager, pytest.raises(CorruptCheckpointError):
         restore(manager)
     assert assert_resumes(root, 30) == ()
 
 
-def _refuse(refused: str, real: Callable[[str], int], path: str) -> int:
-    if path == refused:
+def _refuse(refused: list[str], real: Callable[[str], int], path: str) -> int:
+    if path in refused:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     return real(path)
 

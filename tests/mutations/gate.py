@@ -64,7 +64,7 @@ def run_tests(source: Path, tests: Sequence[str], base: Path) -> tuple[int, str]
     return ended.returncode, ended.stdout
 
 
-def _noticed(mutation: Mutation) -> Result:
+def _try_aloud(mutation: Mutation) -> Result:
     """:func:`try_one`, and a line for whoever watches."""
     result = try_one(mutation)
     print(
@@ -113,7 +113,7 @@ def main(words: Sequence[str]) -> int:
     for mutation in mutations:
         mutated(mutation)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        results = list(pool.map(_noticed, mutations))
+        results = list(pool.map(_try_aloud, mutations))
     print(table(results))
     unnoticed = [result for result in results if result.noticed_by is None]
     took = time.monotonic() - start

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.crash.faults.tracing import why_not
+from tests.crash.faults.tracing import path_below, why_not
 from tests.helpers.workers import PATIENCE_SECS
 from tests.storage import writer_process
 
@@ -41,8 +41,11 @@ def test_hazard_09_a_file_and_its_directories_are_fsynced_by_the_operating_syste
 
 
 def seen(log: Path, root: Path) -> list[tuple[str, str]]:
-    """The calls on files below the directory that went well, in their order, each with the first path it names."""
-    below = re.compile(rf'["<]{re.escape(str(root))}(?:/(?P<path>[^">]*))?[">]')
+    """The calls on files below the directory that went well, in their order, each with the first path it names.
+
+    The process has one thread: no line is split in two by another one's.
+    """
+    below = path_below(root)
     found = []
     for call in map(_CALL.match, log.read_text().splitlines()):
         named = None if call is None else below.search(call["arguments"])

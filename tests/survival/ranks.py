@@ -5,6 +5,7 @@ import threading
 from multiprocessing.connection import Connection
 
 from tests.distributed.barrier_ranks import store_arguments
+from tests.helpers.disks import mount_small_disk
 from tests.helpers.saves import state_of
 from tests.helpers.workers import PATIENCE_SECS
 from tests.survival.traces import shared_memory
@@ -31,6 +32,17 @@ def set_up(rank: int, port: int, timeout_secs: float) -> int:
 
 def save(path: str, number: int, elements: int = 50_000) -> None:
     _this_process[0].save(path, state_of(number, elements))[1].result(PATIENCE_SECS)
+
+
+def save_where_nobody_else_comes(pipe: Connection, directory: str, number: int) -> None:
+    """To a relative path, from a disk that only this process sees; first it says whether it has one, or why not."""
+    problem = mount_small_disk(directory)
+    pipe.send(problem or "saving")
+    if problem is None:
+        inside = os.path.join(directory, "inside")
+        os.mkdir(inside)
+        os.chdir(inside)
+        save("step-1", number)
 
 
 def stage(path: str, number: int) -> set[int]:

@@ -19,6 +19,7 @@ from lastgood.errors import (
     BarrierTimeoutError,
     CheckpointExistsError,
     CheckpointProcessError,
+    StorageError,
     UncommittedCheckpointError,
 )
 from lastgood.format.identity import read_identity
@@ -162,6 +163,24 @@ def test_hazard_26_a_save_that_was_not_begun_when_its_trainer_was_killed_is_told
         first.call(ranks.save, str(tmp_path / "step-2"), 0)
     assert caught.value.missing_ranks == (1,)
     assert job.processes[1].wait()
+
+
+def test_hazard_26_a_directory_that_only_the_trainer_can_enter_is_told_to_the_other_rank(
+    start_job: Any, tmp_path: Path
+) -> None:
+    job = start_job()
+    first, second = job.ranks
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    second.start(ranks.save_where_nobody_else_comes, str(disk), 1, with_pipe=True)
+    if (problem := second.receive()) != "saving":
+        pytest.skip(f"a file system of its own cannot be mounted here: {problem}")
+    with pytest.raises(BarrierTimeoutError, match="cannot enter") as caught:
+        first.call(ranks.save, str(tmp_path / "step-1"), 0)
+    assert caught.value.missing_ranks == (1,)
+    with pytest.raises(StorageError, match=r"cannot enter .* Save to an absolute path"):
+        second.result()
+    assert list(disk.iterdir()) == []
 
 
 def test_hazard_26_a_snapshot_that_cannot_be_mapped_is_told_to_the_other_rank(start_job: Any, tmp_path: Path) -> None:

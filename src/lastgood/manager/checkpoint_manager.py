@@ -338,8 +338,8 @@ class CheckpointManager:
         ``None`` means that there is none at all. A checkpoint that is damaged or unfinished is passed over, which the
         log says; a damaged one is set aside under another name, never deleted, once an older one has been loaded. When
         there are checkpoints and none can be used, raises :class:`~lastgood.errors.CorruptCheckpointError`, or
-        :class:`~lastgood.errors.StorageError` if the disk does not give them and none is damaged. A
-        save that an earlier process is still writing is waited for. With ``step``, exactly that one, or its error. With
+        :class:`~lastgood.errors.StorageError` if the disk does not give them and none is known to be damaged. A save
+        that an earlier process is still writing is waited for. With ``step``, exactly that one, or its error. With
         several ranks, a former job that still runs can save nothing under this root from then on: for a look at the
         checkpoints of a run that goes on, use :class:`~lastgood.checkpoint_reader.CheckpointReader`.
 

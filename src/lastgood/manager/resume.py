@@ -32,8 +32,8 @@ _RESUMABLE = (Condition.COMMITTED, Condition.FOREIGN)
 class PassedOver(msgspec.Struct, frozen=True):
     """A checkpoint that could not be used. ``is_damaged``: its bytes are not what was written, now and for ever.
 
-    ``save_id`` tells it from one that is saved later under the same name. ``is_unreadable``: storage did not give
-    it, this time.
+    ``save_id`` tells it from one that is saved later under the same name. ``is_unreadable``: storage did not give it,
+    this time.
     """
 
     step: int

@@ -22,9 +22,9 @@ _READ_ONLY = "Nothing was changed."
 class StorageInTime:
     """The same :class:`~lastgood.storage.base.StorageBackend`, whose calls end within ``timeout_secs`` each.
 
-    A call that does not raises :class:`~lastgood.errors.StorageError`. The exceptions are
-    ``write_at`` of what :meth:`begin_unwatched` gives and ``read_into`` of what :meth:`open_unwatched` does: whoever
-    transfers with several threads watches over them.
+    A call that does not raises :class:`~lastgood.errors.StorageError`. The exceptions are ``write_at`` of what
+    :meth:`begin_unwatched` gives and ``read_into`` of what :meth:`open_unwatched` does: whoever transfers with several
+    threads watches over them.
     """
 
     def __init__(self, storage: StorageBackend, timeout_secs: float) -> None:

@@ -31,7 +31,7 @@ from tests.distributed.barrier_ranks import start
 from tests.helpers.asynchronous import open_files
 from tests.helpers.workers import PATIENCE_SECS
 
-from lastgood.errors import CorruptCheckpointError, LastgoodError
+from lastgood.errors import CorruptCheckpointError, LastgoodError, StorageError
 from lastgood.testing.fault_file_ops import TRANSFERS, FaultFileOps, Stall
 
 
@@ -169,7 +169,9 @@ class Trial:
         assert failure.path.startswith(str(root))
         assert any(word in str(failure) for word in fault.words), failure
         # Where no checkpoint can be read, each has a cause of its own; they are told in words.
-        is_summary = isinstance(failure, (Reported, CorruptCheckpointError)) or failure.phase == "restore"
+        is_summary = isinstance(failure, (Reported, CorruptCheckpointError)) or (
+            isinstance(failure, StorageError) and str(failure).startswith("none of the checkpoints under")
+        )
         if fault.kind not in STALLS and not is_summary:
             assert ERRORS.get(fault.kind, errno.EIO) in errors_that_caused(failure)
 

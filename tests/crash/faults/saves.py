@@ -180,13 +180,15 @@ class _SaveOfTwo(Action):
             # A manifest may keep the name under which it was written, beside its own, for as long as it is there, and
             # so may a lock: no save comes to a committed checkpoint any more that could clear them away, and they take
             # no space.
-            left = [name for name in names(directory) if not (self.may_leave_locks and is_lock(name))]
-            found = [name for name in left if not self._is_manifest_too(directory, name)]
+            found = [name for name in self._names(directory) if not self._is_manifest_too(directory, name)]
             assert not LocalStorage().has_writers(str(directory))
             assert found == ["checkpoint_0.pt", "checkpoint_1.pt", "manifest.json"]
         steps = [f"step-{step}" for step in range(1, self.step + 1)]
-        found = [name for name in names(root) if not (self.may_leave_locks and is_lock(name))]
-        assert [name for name in found if name != EPOCH_NAME] == steps
+        assert [name for name in self._names(root) if name != EPOCH_NAME] == steps
+
+    def _names(self, directory: Path) -> list[str]:
+        """All but the locks that may stay."""
+        return [name for name in names(directory) if not (self.may_leave_locks and is_lock(name))]
 
     def _is_manifest_too(self, directory: Path, name: str) -> bool:
         return is_temporary(name) and (directory / name).samefile(directory / "manifest.json")

@@ -94,9 +94,14 @@ def noted(pid: int, log: Path) -> Iterator[None]:
         yield
 
 
+def path_below(directory: Path) -> re.Pattern[str]:
+    """Finds the first path in a call's arguments that is the directory or below it: there it is called ``path``."""
+    return re.compile(rf'["<]{re.escape(str(directory))}(?:/(?P<path>[^">]*))?[">]')
+
+
 def calls_in(log: Path, directory: Path) -> dict[Call, int]:
     """The calls on files below the directory, and how often one thread has made each: the most of all threads."""
-    below = re.compile(rf'["<]{re.escape(str(directory))}(?:/(?P<path>[^">]*))?[">]')
+    below = path_below(directory)
     counts: Counter[tuple[str, Call]] = Counter()
     for line in log.read_text().splitlines():
         entry = _ENTRY.match(line)
