@@ -38,7 +38,8 @@ def run_all(
     ``timed_out`` makes, and the threads still running are left behind.
     """
     numbers = itertools.count()
-    ended: queue.Queue[tuple[int, BaseException | None]] = queue.Queue()
+    # Of the two kinds of queues, the one whose waiting a signal handler may interrupt at any point.
+    ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
     stopped = threading.Event()
 
     def work() -> None:
@@ -95,7 +96,18 @@ def start_daemon(work: Callable[[], None], *, name: str) -> threading.Thread | N
     try:
         thread.start()
     except RuntimeError as error:
-        if "shutdown" not in str(error):  # not because of that, but for want of something
-            raise
-        return None
+        if "shutdown" in str(error):
+            return None
+        if (interruption := _interruption_behind(error)) is not None:
+            raise interruption from None
+        raise  # for want of something
     return thread
+
+
+def _interruption_behind(error: RuntimeError) -> BaseException | None:
+    """What a signal handler raised while the caller waited for a thread to start, such as ``KeyboardInterrupt``.
+
+    A condition gives its lock up while it waits. If it is interrupted before it can wait, or before it has the lock
+    again, the ``with`` around it releases a lock that is not held, and what is seen is the complaint about that.
+    """
+    return error.__context__ if str(error) == "release unlocked lock" else None

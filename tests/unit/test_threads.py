@@ -126,6 +126,45 @@ except TimeoutError:
     assert run.stderr == ""
 
 
+INTERRUPTED_AGAIN_AND_AGAIN = """
+import random, signal, sys, time
+from lastgood._threads import call_with_timeout
+
+is_armed = False
+
+def interrupt(number, frame):
+    global is_armed
+    if is_armed:
+        is_armed = False
+        raise KeyboardInterrupt
+
+seed = random.randrange(2**32)
+moments = random.Random(seed)
+signal.signal(signal.SIGALRM, interrupt)
+sys.unraisablehook = lambda *_: None  # Python drops what is raised in a weak reference's callback
+interruptions = 0
+end = time.monotonic() + 6
+while time.monotonic() < end:
+    try:
+        is_armed = True
+        signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-5, 6e-4))
+        while is_armed:
+            call_with_timeout(lambda: None, 60, TimeoutError, name="test")
+    except KeyboardInterrupt:
+        interruptions += 1
+    except BaseException as error:
+        sys.exit(f"seed {seed}, after {interruptions} interruptions: {error!r}")
+assert interruptions > 100, interruptions
+"""
+
+
+def test_an_interruption_is_raised_as_what_it_is_at_whatever_moment_it_comes() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AGAIN_AND_AGAIN], timeout=100, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_a_failure_keeps_nothing_in_memory_once_it_was_handled() -> None:
     """Its traceback leads to the frames that it passed through, and they to whatever the caller has at hand."""
 
