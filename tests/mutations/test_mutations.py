@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 from tests.mutations.gate import PROJECT, chosen, mutated, try_one
-from tests.mutations.mutations import MUTATIONS, Mutation
+from tests.mutations.mutation import Mutation
+from tests.mutations.mutations import MUTATIONS
 
 
 @pytest.mark.parametrize("kind", MUTATIONS)

@@ -1,0 +1,111 @@
+"""What has to be on the disk: files, and the names in directories."""
+
+from tests.mutations.mutation import LOCAL, POWER, VOTES, WRITE, Mutation
+
+FSYNCS = (
+    Mutation(
+        "fsync of a file before it gets its name",
+        WRITE,
+        "                self._ops.fsync(self._descriptor)\n",
+        "                pass\n",
+        (*LOCAL, POWER),
+    ),
+    Mutation(
+        "fsync at the operating system",
+        "storage/file_ops.py",
+        "    def fsync(self, descriptor: int) -> None:\n        os.fsync(descriptor)\n",
+        "    def fsync(self, descriptor: int) -> None:\n        pass\n",
+        ("tests/storage",),
+    ),
+    Mutation(
+        "fsync of a directory at the operating system",
+        "storage/file_ops.py",
+        "        try:\n            os.fsync(descriptor)\n        finally:\n            with",
+        "        try:\n            pass\n        finally:\n            with",
+        ("tests/storage",),
+    ),
+    Mutation(
+        "directory fsync after a file got its name",
+        WRITE,
+        "                sync_directory(self._ops, os.path.dirname(self._path))\n",
+        "                pass\n",
+        (*LOCAL, POWER),
+    ),
+    Mutation(
+        "directory fsync after a directory was made",
+        WRITE,
+        "        sync_directory(ops, os.path.dirname(directory))\n",
+        "        pass\n",
+        (*LOCAL, POWER),
+    ),
+    Mutation(
+        "directory fsync for a directory whose maker may have been killed",
+        WRITE,
+        "            sync_directory(ops, parent)\n",
+        "            pass\n",
+        (*LOCAL, POWER),
+    ),
+    Mutation(
+        "directory fsync after a file was deleted",
+        "storage/local.py",
+        "                sync_directory(self._ops, os.path.dirname(absolute))\n",
+        "                pass\n",
+        (*LOCAL, POWER),
+    ),
+    Mutation(
+        "directory fsync after a directory was renamed",
+        "storage/local.py",
+        "            sync_directory(self._ops, os.path.dirname(target))\n",
+        "            pass\n",
+        (*LOCAL, POWER),
+    ),
+    Mutation(
+        "directory fsync after a directory was removed",
+        "storage/_directories.py",
+        "    sync_directory(ops, os.path.dirname(directory))\n    return True\n",
+        "    return True\n",
+        (*LOCAL, POWER),
+    ),
+    Mutation(
+        "directory fsync for a checkpoint that retention counts, whose maker may have been killed",
+        "manager/removal.py",
+        "            storage.settle(directory)\n",
+        "            pass\n",
+        (POWER,),
+    ),
+    Mutation(
+        "directory fsync for a manifest that is seen before rank 0 has made it certain",
+        "format/commit.py",
+        "    storage.settle(path)\n",
+        "    pass\n",
+        (POWER,),
+    ),
+    Mutation(
+        "directory fsync for a manifest whose rank 0 is gone, before its save is called durable",
+        "_coordination/together.py",
+        "            self._storage.settle(self._path)\n",
+        "            pass\n",
+        (*VOTES, POWER),
+    ),
+    Mutation(
+        "directory fsync for the checkpoint that a run goes on from",
+        "manager/restoring.py",
+        "                self._storage.settle(directory)\n",
+        "                pass\n",
+        (POWER,),
+    ),
+    Mutation(
+        "no second fsync after one that failed",
+        WRITE,
+        '            self._state = "ended"  # until fsync has said otherwise',
+        '            self._state = "writing"  # until fsync has said otherwise',
+        LOCAL,
+    ),
+    Mutation(
+        "directory fsync where a checkpoint is made certain that somebody else published",
+        "storage/local.py",
+        "not_there:\n            sync_directory(self._ops, absolute)\n",
+        "not_there:\n            pass\n",
+        (*LOCAL, POWER),
+    ),
+)
