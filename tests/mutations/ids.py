@@ -88,13 +88,6 @@ IDS = (
         ("tests/manager/test_resume.py",),
     ),
     Mutation(
-        "rank and world size of each file, at the barrier's commit",
-        "format/commit.py",
-        "        if archive is None or (archive.index.rank, archive.index.world_size) != (rank, world_size):\n",
-        "        if archive is None:\n",
-        BARRIER,
-    ),
-    Mutation(
         "world size of a file that a manifest names",
         "format/commit.py",
         "    if index.rank >= manifest.world_size or index.world_size != manifest.world_size:\n",

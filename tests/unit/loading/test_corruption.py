@@ -11,6 +11,7 @@ from tests.unit.loading.files import archive_of, flip, raw, verify
 
 import lastgood
 from lastgood.errors import CorruptCheckpointError, UnsafeCheckpointError
+from lastgood.format.image import data_descriptor
 
 MEBIBYTE = 1024 * 1024
 
@@ -89,6 +90,20 @@ def test_hazard_20_every_single_flipped_byte_is_found(small: Path) -> None:
         flip(small, offset, mask)
     assert named == 4 * (12 + 5)
     verify(small)
+
+
+def test_a_flip_right_behind_the_trailer_is_found_where_little_is_read(small: Path) -> None:
+    """What says whether the ending can be believed is looked at before anything else, in partial loads too."""
+    with archive_of(small) as archive:
+        end = archive.layout.trailer.data_end
+        behind = len(data_descriptor(archive.layout.trailer, 0))
+    assert behind >= 16
+    for offset in range(end, end + behind):
+        flip(small, offset, 1)
+        with pytest.raises(CorruptCheckpointError, match="its trailer does not match its checksum"):
+            lastgood.load(small, {"step": None})
+        flip(small, offset, 1)
+    assert lastgood.load(small, {"step": None}) == {"step": 17}
 
 
 def test_flips_in_a_file_with_values_that_only_the_pickle_describes(tmp_path: Path, rng_seed: int) -> None:

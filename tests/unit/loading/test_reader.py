@@ -1,5 +1,6 @@
 """What the checkpoint reader refuses: paths that are no checkpoint, saves that were never committed or do not match."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from tests.unit.loading.files import FORGED_TENSOR, flip, forge
 
 import lastgood
 from lastgood.errors import CheckpointNotFoundError, CorruptCheckpointError, UncommittedCheckpointError
+from lastgood.format.identity import read_identity
+from lastgood.format.manifest import MANIFEST_VERSION, Manifest, ManifestFile, encode_manifest
 from lastgood.format.nodes import DictNode
+from lastgood.storage.local import LocalStorage
 
 
 def refused(path: Path, kind: type[Exception], match: str, rank: int = 0, world_size: int = 1, **options: Any) -> Any:
@@ -149,6 +153,7 @@ def test_a_file_that_no_manifest_joins_is_refused_next_to_one(committed: Path, k
 def test_a_renamed_file(committed: Path) -> None:
     shutil.copy(committed / "checkpoint_1.pt", committed / "checkpoint_0.pt")
     refused(committed, CorruptCheckpointError, "written by rank 1", 0, 2)
+    refused(committed, CorruptCheckpointError, "is not the file that the manifest .* names", 0, 1)
 
 
 @pytest.mark.parametrize("world_size", [0, 1, 2, 3])
@@ -163,6 +168,19 @@ def test_a_manifest_of_another_number_of_ranks(committed: Path) -> None:
     forge(committed / "checkpoint_0.pt", DictNode({"model": 1}), rank=0, world_size=3)
     refused(committed, CorruptCheckpointError, "different saves", 0, 2)
     refused(committed, CorruptCheckpointError, "another save", 0, 3)
+
+
+def test_a_file_of_another_number_of_ranks_than_its_manifest_says(tmp_path: Path) -> None:
+    """No writer writes such a manifest: it names the very file, whose save was of one rank."""
+    save(tmp_path, 1)
+    with contextlib.closing(LocalStorage().open(str(tmp_path / "checkpoint_0.pt"))) as file:
+        found = read_identity(file)
+    assert found is not None
+    first = ManifestFile(0, "checkpoint_0.pt", found.size, found.trailer_crc, found.save_id)
+    second = ManifestFile(1, "checkpoint_1.pt", 1, 0, found.save_id)
+    manifest = Manifest(MANIFEST_VERSION, found.save_id, 2, [first, second])
+    (tmp_path / "manifest.json").write_bytes(encode_manifest(manifest))
+    refused(tmp_path, CorruptCheckpointError, "is not the file that the manifest .* names", 0, 1)
 
 
 def test_nothing_is_touched_before_the_commit_is_known(committed: Path) -> None:
