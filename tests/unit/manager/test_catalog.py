@@ -1,5 +1,6 @@
 """What counts as a checkpoint, from what is on disk alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,17 @@ def test_one_ranks_file_under_the_name_of_another_is_damage(tmp_path: Path) -> N
     entry = read_catalog(LocalStorage(), str(tmp_path)).entries[0]
     assert entry.condition is Condition.DAMAGED
     assert "written by rank 1" in str(entry.problem)
+
+
+def test_a_copy_of_another_step_is_no_checkpoint_of_this_one(tmp_path: Path) -> None:
+    """A run that went on from it would count its steps wrongly, and retention would take it for newer than it is."""
+    save(tmp_path / "step-5", step=5)
+    shutil.copytree(tmp_path / "step-5", tmp_path / "step-9")
+    save(tmp_path / "step-6")  # by a program that says no step: its directory's name is believed
+    catalog = read_catalog(LocalStorage(), str(tmp_path))
+    assert [(entry.step, entry.condition) for entry in catalog.entries] == [
+        (5, Condition.COMMITTED),
+        (6, Condition.COMMITTED),
+        (9, Condition.MISPLACED),
+    ]
+    assert "it is the checkpoint of step 5" in str(catalog.entries[2].problem)
