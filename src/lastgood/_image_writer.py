@@ -90,8 +90,8 @@ class PieceWriters:
         self._meter = _events.ByteMeter("write", path, size)
         self._path = path
         self._timeout_secs = timeout_secs
-        self._full: queue.Queue[_Piece | None] = queue.Queue()
-        self._written: queue.Queue[memoryview] = queue.Queue()
+        self._full: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._threads = [
             threading.Thread(target=self._write_pieces, name=f"lastgood-write-{number}", daemon=True)

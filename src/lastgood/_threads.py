@@ -38,7 +38,7 @@ def run_all(
     ``timed_out`` makes, and the threads still running are left behind.
     """
     numbers = itertools.count()
-    # Of the two kinds of queues, the one whose waiting a signal handler may interrupt at any point.
+    # Unlike queue.Queue, it lets a signal handler interrupt whoever waits, at any point.
     ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
     stopped = threading.Event()
 
@@ -57,10 +57,10 @@ def run_all(
         ended.put((-1, None))
 
     running = min(thread_count, len(tasks))
-    for number in range(running):
-        start_or_do(work, name=f"lastgood-{name}-{number}")
     failures: list[tuple[int, BaseException]] = []
     try:
+        for number in range(running):
+            start_or_do(work, name=f"lastgood-{name}-{number}")
         while running:
             number, failure = ended.get(timeout=no_progress_timeout_secs)
             if number < 0:
@@ -96,11 +96,15 @@ def start_daemon(work: Callable[[], None], *, name: str) -> threading.Thread | N
     try:
         thread.start()
     except RuntimeError as error:
-        if "shutdown" in str(error):
+        if "at interpreter shutdown" in str(error):
             return None
-        if (interruption := _interruption_behind(error)) is not None:
-            raise interruption from None
-        raise  # for want of something
+        interruption = _interruption_behind(error)
+        if interruption is None:
+            raise  # for want of something
+        try:
+            raise interruption from interruption.__cause__
+        finally:
+            del interruption  # its traceback leads to this frame
     return thread
 
 

@@ -165,6 +165,52 @@ def test_an_interruption_is_raised_as_what_it_is_at_whatever_moment_it_comes() -
     assert ended.returncode == 0, ended.stderr
 
 
+def test_an_interrupted_start_keeps_its_cause_ends_the_tasks_and_keeps_nothing_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Snapshot:
+        pass
+
+    cause, causes = ValueError("why"), list[BaseException | None]()
+    start, begun = threading.Thread.start, threading.Event()
+    first_task_done, done = threading.Event(), list[int]()
+
+    def start_and_be_interrupted(thread: threading.Thread) -> None:
+        """The second thread: what the standard library does when a handler raises in the middle of its waiting."""
+        start(thread)
+        if begun.is_set():
+            try:
+                raise KeyboardInterrupt from cause
+            except KeyboardInterrupt:
+                raise RuntimeError("release unlocked lock")  # noqa: B904
+        begun.set()
+
+    def run(task: int) -> None:
+        first_task_done.wait(60)
+        done.append(task)
+
+    def caller() -> "weakref.ref[Snapshot]":
+        snapshot = Snapshot()
+        try:
+            run_all(range(1000), run, 2, 60, TimeoutError, name="test")
+        except KeyboardInterrupt as interruption:
+            causes.append(interruption.__cause__)
+        return weakref.ref(snapshot)
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_be_interrupted)
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()
+    assert causes == [cause]
+    first_task_done.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("lastgood-test-"):
+            thread.join(60)
+    assert len(done) <= 2
+
+
 def test_a_failure_keeps_nothing_in_memory_once_it_was_handled() -> None:
     """Its traceback leads to the frames that it passed through, and they to whatever the caller has at hand."""
 
