@@ -169,11 +169,11 @@ IDS = (
         ("tests/storage",),
     ),
     Mutation(
-        "the epoch is looked at when a save is asked for",
+        "the epoch is looked at when a run resumes",
         "_coordination/calls.py",
         "    if look:\n        check_epoch",
         "    if False:\n        check_epoch",
-        (*VOTES, "tests/distributed/test_votes_processes.py"),
+        ("tests/unit/coordination/test_epoch.py",),
     ),
     Mutation(
         "the epoch is looked at before anything is written",
@@ -183,7 +183,7 @@ IDS = (
         (*VOTES, "tests/distributed/test_votes_processes.py"),
     ),
     Mutation(
-        "a rank votes once",
+        "a second vote of a rank is refused",
         "_coordination/together.py",
         "        if number == 0:\n",
         "        if False:\n",

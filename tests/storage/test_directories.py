@@ -19,6 +19,15 @@ def test_a_rename_is_durable_before_it_returns(tmp_path: Path) -> None:
     assert ops.calls[-1].path == str(tmp_path)
 
 
+def test_a_rename_does_not_take_the_name_of_an_empty_directory(tmp_path: Path) -> None:
+    """Which the system's plain rename would: it may be one that a save is about to write into."""
+    for name in ("old", "empty"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointExistsError):
+        LocalStorage().rename(str(tmp_path / "old"), str(tmp_path / "empty"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "old"]
+
+
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS])
 def test_where_no_rename_refuses_a_taken_name_a_directory_is_still_not_replaced(tmp_path: Path, number: int) -> None:
     ops = RecordingFileOps()

@@ -97,7 +97,8 @@ def _notes(files: tuple[FileContents, ...], manifest: Manifest | None) -> Iterat
     if missing:
         yield f"the files of the ranks {', '.join(map(str, missing))} are not there"
     if len({file.save_id for file in several if not file.independent}) > 1 and manifest is None:
-        yield "its files belong to different saves"
+        # Ranks that vote share the id of their save; where they meet at a barrier, each file has its own.
+        yield "its files have different save ids: they are of different saves, or of ranks that met at a barrier"
 
 
 def is_named(rank: int, save_id: str | None, nbytes: int, manifest: Manifest) -> bool:

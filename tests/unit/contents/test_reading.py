@@ -93,7 +93,11 @@ def test_a_directory_has_the_files_of_all_ranks(tmp_path: Path) -> None:
     assert [file.rank for file in contents.files] == [0, 1, 2]
     assert contents.notes == ()
     os.unlink(tmp_path / "c" / "manifest.json")
-    assert "never committed" in open_contents(str(tmp_path / "c")).notes[0]
+    notes = open_contents(str(tmp_path / "c")).notes
+    assert "never committed" in notes[0]
+    assert notes[1:] == (
+        "its files have different save ids: they are of different saves, or of ranks that met at a barrier",
+    )
     os.unlink(tmp_path / "c" / "checkpoint_1.pt")
     assert any("ranks 1 " in note for note in open_contents(str(tmp_path / "c")).notes)
 

@@ -93,7 +93,7 @@ def test_hazard_20_every_single_flipped_byte_is_found(small: Path) -> None:
 
 
 def test_a_flip_right_behind_the_trailer_is_found_where_little_is_read(small: Path) -> None:
-    """What says whether the ending can be believed is looked at before anything else, in partial loads too."""
+    """What says whether the ending can be believed is looked at before any data is, in partial loads too."""
     with archive_of(small) as archive:
         end = archive.layout.trailer.data_end
         behind = len(data_descriptor(archive.layout.trailer, 0))

@@ -156,6 +156,14 @@ def test_a_renamed_file(committed: Path) -> None:
     refused(committed, CorruptCheckpointError, "is not the file that the manifest .* names", 0, 1)
 
 
+def test_a_renamed_file_of_ranks_that_no_manifest_joins(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        save(tmp_path, rank + 1, rank, 2)
+    shutil.copy(tmp_path / "checkpoint_1.pt", tmp_path / "checkpoint_0.pt")
+    for allowed in (False, True):
+        refused(tmp_path, CorruptCheckpointError, "written by rank 1", 0, 2, allow_uncommitted=allowed)
+
+
 @pytest.mark.parametrize("world_size", [0, 1, 2, 3])
 def test_a_rank_outside_its_world(committed: Path, world_size: int) -> None:
     """The rank in the file fits its name, but not the number of ranks."""
