@@ -137,7 +137,7 @@ ORDER = (
         "_coordination/meeting.py",
         'self._store.compare_set(self.key("outcome"), "", _ALL_CAME',
         'self._store.set(self.key("outcome"), _ALL_CAME',
-        ("tests/unit/test_barriers.py", *VOTES, "tests/distributed/test_votes_processes.py"),
+        ("tests/unit/coordination/test_meeting.py",),
     ),
     Mutation(
         "the process knows that all is staged before the stage future says so",
