@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 from lastgood import _events
+from lastgood._threads import start
 from lastgood.errors import StorageError
 from lastgood.format.stream import FileImage, stream_image
 from lastgood.storage._direct_io import aligned_buffer
@@ -97,8 +98,12 @@ class PieceWriters:
             threading.Thread(target=self._write_pieces, name=f"lastgood-write-{number}", daemon=True)
             for number in range(thread_count)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                start(thread)
+        except BaseException:
+            self.stop()
+            raise
 
     def write(self, offset: int, buffer: memoryview, count: int) -> None:
         """Queue the first ``count`` bytes of ``buffer``; each call is answered by one :meth:`take_back`."""

@@ -94,18 +94,26 @@ def start_daemon(work: Callable[[], None], *, name: str) -> threading.Thread | N
     """A daemon thread that does ``work``; ``None`` where the interpreter is ending and starts none any more."""
     thread = threading.Thread(target=work, name=name, daemon=True)
     try:
-        thread.start()
+        start(thread)
     except RuntimeError as error:
         if "at interpreter shutdown" in str(error):
             return None
+        raise  # for want of something
+    return thread
+
+
+def start(thread: threading.Thread) -> None:
+    """``thread.start()``, but what a signal handler raises while it waits is raised as what it is."""
+    try:
+        thread.start()
+    except RuntimeError as error:
         interruption = _interruption_behind(error)
         if interruption is None:
-            raise  # for want of something
+            raise
         try:
             raise interruption from interruption.__cause__
         finally:
             del interruption  # its traceback leads to this frame
-    return thread
 
 
 def _interruption_behind(error: RuntimeError) -> BaseException | None:

@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -113,10 +114,7 @@ class CheckpointProcess:
         elif save.is_ended:
             pass
         elif isinstance(state_dict, Future):
-            awaiting = threading.Thread(
-                target=self._stage_later, args=(save, state_dict), name="lastgood-await-state", daemon=True
-            )
-            awaiting.start()
+            start_or_do(partial(self._stage_later, save, state_dict), name="lastgood-await-state")
         else:
             assert not isinstance(state_dict, Snapshot)  # as above
             self._stage(save, state_dict)

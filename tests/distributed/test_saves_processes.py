@@ -96,7 +96,7 @@ def test_three_ranks_commit_checkpoint_after_checkpoint_and_each_reads_its_own(s
 def test_hazard_26_a_rank_killed_before_the_barrier_is_named_and_nothing_is_committed(
     start_job: Any, tmp_path: Path, victim: int
 ) -> None:
-    job = start_job(timeout_secs=1)
+    job = start_job(timeout_secs=4)
     assert job.save(tmp_path / "step-1", 1) == [None] * WORLD_SIZE
     path = tmp_path / "step-2"
     for rank, worker in enumerate(job.ranks):

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,9 @@ def steps(ops: RecordingFileOps, since: int = 0) -> list[str]:
     return [call.name for call in ops.calls[since:] if call.name in STEPS]
 
 
-def commit_together(path: Path, number: int, world_size: int = 2) -> list[BaseException | None]:
+def commit_together(path: Path, number: int, world_size: int = 2, **noted: Any) -> list[BaseException | None]:
     """Save with all ranks, as threads of this process, each its own state; how each ended."""
     meeting = threading.Barrier(world_size)
     writers = [writer_of(rank, world_size, NotingBarrier(meeting=meeting)) for rank in range(world_size)]
-    return finished([start(writer.write, str(path), state_of(number + rank)) for rank, writer in enumerate(writers)])
+    writes = [partial(writer.write, **noted) for writer in writers]
+    return finished([start(write, str(path), state_of(number + rank)) for rank, write in enumerate(writes)])

@@ -91,6 +91,17 @@ def failing_ops(name: str, number: int) -> RecordingFileOps:
 
 
 @contextmanager
+def lock_of(root: Path, step: int) -> Iterator[None]:
+    """As somebody who is writing that step holds it."""
+    lock = LocalStorage().try_lock(str(file_of(root, step)))
+    assert lock is not None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def word_in_the_log(text: str) -> Iterator[threading.Event]:
     """An event that is set once lastgood logs something with this text in it, by whatever thread."""
     said = threading.Event()

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.manager.runs import (
     assert_resumes,
     directories,
     file_of,
+    lock_of,
     logged,
     make_run,
     manager_of,
@@ -34,6 +36,7 @@ from lastgood import _events
 from lastgood.checkpointer import AsyncCheckpointer
 from lastgood.errors import StorageError
 from lastgood.format.manifest import checkpoint_file
+from lastgood.manager import removal
 from lastgood.manager.catalog import Condition, read_catalog, read_entry
 from lastgood.manager.checkpoint_manager import CheckpointManager
 from lastgood.manager.removal import prune, remove_checkpoint
@@ -170,17 +173,6 @@ def test_hazard_08_older_ones_stay_until_the_new_one_is_durable(tmp_path: Path) 
     assert [entry.step for entry in removed.removed] == [10, 20]
     assert all("step 30 is newer and committed" in " ".join(entry.reasons) for entry in removed.removed)
     assert [entry.step for entry in removed.kept] == [30]
-
-
-@contextmanager
-def lock_of(root: Path, step: int) -> Any:
-    """As somebody who is writing that step holds it."""
-    lock: StorageLock | None = LocalStorage().try_lock(str(file_of(root, step)))
-    assert lock is not None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -336,3 +328,37 @@ def test_files_of_ranks_that_are_still_being_written_are_not_cleared_away(tmp_pa
     with manager_of(tmp_path) as manager:
         assert [entry.step for entry in manager.prune().leftovers] == [20]
     assert not path.exists()
+
+
+def test_nobody_can_begin_to_write_a_checkpoint_while_it_is_removed(tmp_path: Path) -> None:
+    make_run(tmp_path, [10, 20])
+    judged = read_entry(LocalStorage(), str(tmp_path), 10)
+    operations, locks = RecordingFileOps(), list[StorageLock | None]()
+
+    def unlink(real: Callable[[str], None], path: str) -> None:
+        if path == str(file_of(tmp_path, 10)):
+            locks.append(LocalStorage().try_lock(path))
+        real(path)
+
+    operations.replace_call("unlink", unlink)
+    assert remove_checkpoint(LocalStorage(operations), judged)
+    assert locks == [None]
+
+
+def test_files_that_still_wait_for_their_manifest_are_not_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that meet at a barrier hold no lock between the last of their files and the manifest."""
+    assert commit_together(tmp_path / "step-10", 10, step=10, saved_at=time.time()) == [None, None]
+    (tmp_path / "step-10" / "manifest.json").unlink()
+    make_run(tmp_path, [20])
+    storage = LocalStorage()
+    for dry_run in (True, False):
+        report = prune(storage, str(tmp_path), [KeepLast(1)], protected={}, dry_run=dry_run)
+        assert (report.leftovers, report.skipped) == ((), ())
+    assert sorted(contents(tmp_path / "step-10")) == ["checkpoint_0.pt", "checkpoint_1.pt"]
+    an_hour_later = time.time() + 3601
+    monkeypatch.setattr(removal.time, "time", lambda: an_hour_later)
+    report = prune(storage, str(tmp_path), [KeepLast(1)], protected={}, dry_run=False)
+    assert [entry.step for entry in report.leftovers] == [10]
+    assert directories(tmp_path) == ["step-20"]

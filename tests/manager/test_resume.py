@@ -20,6 +20,7 @@ from tests.manager.runs import (
     failing_ops,
     file_of,
     flip,
+    lock_of,
     logged,
     make_run,
     manager_of,
@@ -38,7 +39,8 @@ from lastgood.errors import (
     TargetMismatchError,
 )
 from lastgood.manager import restoring
-from lastgood.manager.catalog import Catalog, Entry, read_catalog
+from lastgood.manager.catalog import Catalog, Entry, read_catalog, read_entry
+from lastgood.manager.resume import PassedOver, set_damaged_aside
 from lastgood.manager.retention import KeepLast
 from lastgood.manager.run_log import RestoreRecord, SaveRecord, SetAsideRecord, read_run_log
 from lastgood.storage.local import LocalStorage
@@ -509,3 +511,12 @@ def test_what_was_saved_anew_since_it_was_found_damaged_is_not_set_aside(
     assert found == 20
     assert "step-30" in directories(root)
     assert_resumes(root, 30, 31)
+
+
+def test_what_somebody_is_writing_anew_is_not_set_aside(root: Path) -> None:
+    storage = LocalStorage()
+    damaged = PassedOver(30, "damaged", is_damaged=True, save_id=read_entry(storage, str(root), 30).save_id)
+    with lock_of(root, 30):
+        assert set_damaged_aside(storage, str(root), damaged) is None
+        assert directories(root) == ["step-10", "step-20", "step-30"]
+    assert set_damaged_aside(storage, str(root), damaged) == "step-30.set-aside"

@@ -7,9 +7,11 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from unittest.mock import MagicMock
 
 import pytest
 
+from lastgood._image_writer import PieceWriters
 from lastgood._threads import call_with_timeout, run_all
 
 
@@ -165,18 +167,11 @@ def test_an_interruption_is_raised_as_what_it_is_at_whatever_moment_it_comes() -
     assert ended.returncode == 0, ended.stderr
 
 
-def test_an_interrupted_start_keeps_its_cause_ends_the_tasks_and_keeps_nothing_in_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Snapshot:
-        pass
-
-    cause, causes = ValueError("why"), list[BaseException | None]()
+def interrupt_the_second_start(monkeypatch: pytest.MonkeyPatch, cause: Exception | None) -> None:
+    """What the standard library does when a signal's handler raises while the start of a thread is waited for."""
     start, begun = threading.Thread.start, threading.Event()
-    first_task_done, done = threading.Event(), list[int]()
 
     def start_and_be_interrupted(thread: threading.Thread) -> None:
-        """The second thread: what the standard library does when a handler raises in the middle of its waiting."""
         start(thread)
         if begun.is_set():
             try:
@@ -184,6 +179,18 @@ def test_an_interrupted_start_keeps_its_cause_ends_the_tasks_and_keeps_nothing_i
             except KeyboardInterrupt:
                 raise RuntimeError("release unlocked lock")  # noqa: B904
         begun.set()
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_be_interrupted)
+
+
+def test_an_interrupted_start_keeps_its_cause_ends_the_tasks_and_keeps_nothing_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Snapshot:
+        pass
+
+    cause, causes = ValueError("why"), list[BaseException | None]()
+    first_task_done, done = threading.Event(), list[int]()
 
     def run(task: int) -> None:
         first_task_done.wait(60)
@@ -197,7 +204,7 @@ def test_an_interrupted_start_keeps_its_cause_ends_the_tasks_and_keeps_nothing_i
             causes.append(interruption.__cause__)
         return weakref.ref(snapshot)
 
-    monkeypatch.setattr(threading.Thread, "start", start_and_be_interrupted)
+    interrupt_the_second_start(monkeypatch, cause)
     gc.disable()
     try:
         assert caller()() is None
@@ -209,6 +216,18 @@ def test_an_interrupted_start_keeps_its_cause_ends_the_tasks_and_keeps_nothing_i
         if thread.name.startswith("lastgood-test-"):
             thread.join(60)
     assert len(done) <= 2
+
+
+def test_an_interrupted_start_of_the_threads_that_write_a_file_leaves_none_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    interrupt_the_second_start(monkeypatch, None)
+    with pytest.raises(KeyboardInterrupt):
+        PieceWriters(MagicMock(), "a file", 1, 3, 60)
+    for thread in threading.enumerate():
+        if thread.name.startswith("lastgood-write-"):
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def test_a_failure_keeps_nothing_in_memory_once_it_was_handled() -> None:

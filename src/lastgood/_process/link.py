@@ -24,7 +24,7 @@ from lastgood._process.launch import SIGNALS_TO_THE_TRAINER, CheckpointProcessCo
 from lastgood._process.pending_save import PendingSave
 from lastgood._process.pipe import MessagePipe, Outbox, RequestType, WorkerRequest, WorkerResponse
 from lastgood._snapshot import Placement
-from lastgood._threads import start_or_do
+from lastgood._threads import start, start_or_do
 from lastgood.errors import CheckpointProcessError, SaveTimeoutError
 
 _SPARE_ARENAS = 1
@@ -79,7 +79,7 @@ class ProcessLink:
         self._output = ChildOutput()
         self._outbox.post(WorkerRequest(RequestType.PING, {"ping": 0, "launch": launch}), descriptors)
         self._thread = threading.Thread(target=self._run, name="lastgood-checkpoint-process", daemon=True)
-        self._thread.start()
+        start(self._thread)
 
     # What other threads call. None of it waits, but join().
 
