@@ -6,7 +6,6 @@
 Ends with status 1 if one goes unnoticed. That the same tests pass on the source as it is, the tests themselves show.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.helpers.unmeasured import unmeasured_environment
 from tests.mutations.mutation import Mutation
 from tests.mutations.mutations import MUTATIONS
 
@@ -49,8 +49,7 @@ def mutated(mutation: Mutation) -> str:
 def run_tests(source: Path, tests: Sequence[str], base: Path) -> tuple[int, str]:
     """Pytest's status and what it printed, for these tests on the package below ``source``."""
     # A copy's lines are not the source's: nobody measures which of them were run.
-    unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    environment = {**unmeasured, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = unmeasured_environment(PYTHONPATH=str(source), PYTHONDONTWRITEBYTECODE="1")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", f"--basetemp={base}"]
     ended = subprocess.run(
         [*command, *tests],
