@@ -98,12 +98,15 @@ def start_daemon(work: Callable[[], None], *, name: str) -> threading.Thread | N
     except RuntimeError as error:
         if "at interpreter shutdown" in str(error):
             return None
-        raise  # for want of something
+        raise  # for want of something, or what a signal handler raised
     return thread
 
 
 def start(thread: threading.Thread) -> None:
-    """``thread.start()``, but what a signal handler raises while it waits is raised as what it is."""
+    """``thread.start()``, but what a signal handler raises meanwhile is raised as what it is.
+
+    The thread may be running then.
+    """
     try:
         thread.start()
     except RuntimeError as error:

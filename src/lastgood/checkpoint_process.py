@@ -114,7 +114,11 @@ class CheckpointProcess:
         elif save.is_ended:
             pass
         elif isinstance(state_dict, Future):
-            start_or_do(partial(self._stage_later, save, state_dict), name="lastgood-await-state")
+            try:
+                start_or_do(partial(self._stage_later, save, state_dict), name="lastgood-await-state")
+            except BaseException as error:
+                save.end(error)  # or all later ones would wait for their turn
+                raise
         else:
             assert not isinstance(state_dict, Snapshot)  # as above
             self._stage(save, state_dict)
@@ -216,8 +220,10 @@ class CheckpointProcess:
 
     def _observe(self, save: PendingSave, snapshot: Snapshot) -> None:
         save.attach(snapshot)
-        snapshot.placed.add_done_callback(lambda placed: self._placed(save, placed))
-        snapshot.observe(save)
+        try:
+            snapshot.placed.add_done_callback(lambda placed: self._placed(save, placed))
+        finally:
+            snapshot.observe(save)  # interrupted or not: the save gives the snapshot back when it has been staged
 
     def _placed(self, save: PendingSave, placed: Future[Placement]) -> None:
         error = placed.exception()
@@ -232,18 +238,22 @@ class CheckpointProcess:
 
     def _take_turns(self) -> None:
         """Send those saves that are ready, unless an earlier one is not."""
-        failures: list[tuple[PendingSave, Exception]] = []
-        with self._lock:
-            while self._turns and self._turns[0].is_ready:
-                save = self._turns.popleft()
-                if save.is_ended:
-                    continue
-                try:
-                    self._send(save)
-                except Exception as error:
-                    failures.append((save, error))
-        for save, failure in failures:
-            save.end(failure)
+        failures: list[tuple[PendingSave, BaseException]] = []
+        try:
+            with self._lock:
+                while self._turns and self._turns[0].is_ready:
+                    save = self._turns.popleft()
+                    if save.is_ended:
+                        continue
+                    try:
+                        self._send(save)
+                    except BaseException as error:
+                        failures.append((save, error))
+                        if not isinstance(error, Exception):
+                            raise
+        finally:
+            for save, failure in failures:
+                save.end(failure)
 
     def _send(self, save: PendingSave) -> None:
         link = self._links[-1]

@@ -36,7 +36,6 @@ from lastgood import _events
 from lastgood.checkpointer import AsyncCheckpointer
 from lastgood.errors import StorageError
 from lastgood.format.manifest import checkpoint_file
-from lastgood.manager import removal
 from lastgood.manager.catalog import Condition, read_catalog, read_entry
 from lastgood.manager.checkpoint_manager import CheckpointManager
 from lastgood.manager.removal import prune, remove_checkpoint
@@ -345,20 +344,17 @@ def test_nobody_can_begin_to_write_a_checkpoint_while_it_is_removed(tmp_path: Pa
     assert locks == [None]
 
 
-def test_files_that_still_wait_for_their_manifest_are_not_cleared_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_may_still_wait_for_their_manifest_are_not_cleared_away(tmp_path: Path) -> None:
     """Ranks that meet at a barrier hold no lock between the last of their files and the manifest."""
-    assert commit_together(tmp_path / "step-10", 10, step=10, saved_at=time.time()) == [None, None]
-    (tmp_path / "step-10" / "manifest.json").unlink()
+    now = time.time()
+    for step, saved_at in ((5, now - 3601), (10, now)):
+        path = tmp_path / f"step-{step}"
+        assert commit_together(path, step, step=step, saved_at=saved_at) == [None, None]
+        (path / "manifest.json").unlink()
     make_run(tmp_path, [20])
-    storage = LocalStorage()
     for dry_run in (True, False):
-        report = prune(storage, str(tmp_path), [KeepLast(1)], protected={}, dry_run=dry_run)
-        assert (report.leftovers, report.skipped) == ((), ())
+        report = prune(LocalStorage(), str(tmp_path), [KeepLast(1)], protected={}, dry_run=dry_run)
+        assert [entry.step for entry in report.leftovers] == [5]
+        assert report.skipped == ()
+    assert directories(tmp_path) == ["step-10", "step-20"]
     assert sorted(contents(tmp_path / "step-10")) == ["checkpoint_0.pt", "checkpoint_1.pt"]
-    an_hour_later = time.time() + 3601
-    monkeypatch.setattr(removal.time, "time", lambda: an_hour_later)
-    report = prune(storage, str(tmp_path), [KeepLast(1)], protected={}, dry_run=False)
-    assert [entry.step for entry in report.leftovers] == [10]
-    assert directories(tmp_path) == ["step-20"]

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from tests.helpers.interruptions import interrupt_starts
 from tests.helpers.saves import assert_state, contents, read, state_of, temporaries
 from tests.helpers.workers import PATIENCE_SECS
 from tests.process import in_child
@@ -62,6 +63,27 @@ def test_a_process_killed_while_idle_is_replaced_without_a_failure(tmp_path: Pat
         watching.join(PATIENCE_SECS)
         process.write(state_of(1), str(tmp_path / "a")).result(PATIENCE_SECS)
     assert_state(read(tmp_path / "a"), 1)
+
+
+def test_a_save_whose_new_process_was_kept_from_starting_ends_and_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with started(close_timeout_secs=PATIENCE_SECS) as process, held(state_of(1)) as snapshot:
+        (link,) = process._links
+        os.kill(pid_of(process), signal.SIGKILL)
+        assert link.join(PATIENCE_SECS)
+        with monkeypatch.context() as patch:
+            threads = interrupt_starts(patch, "lastgood-checkpoint-process")
+            snapshot.place().complete()
+            with pytest.raises(KeyboardInterrupt):
+                process.write(snapshot.snapshot, str(tmp_path / "a"))
+        assert snapshot.given_back == [True]
+        # The process that was started all the same leaves, as nobody has anything for it to do.
+        (watching,) = [thread for thread in threads if thread.name == "lastgood-checkpoint-process"]
+        watching.join(PATIENCE_SECS)
+        assert not watching.is_alive()
+        process.write(state_of(2), str(tmp_path / "a")).result(PATIENCE_SECS)
+    assert_state(read(tmp_path / "a"), 2)
 
 
 def test_a_process_that_dies_while_a_snapshot_is_being_staged_gives_it_back_after_staging(tmp_path: Path) -> None:

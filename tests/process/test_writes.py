@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.interruptions import interrupt_starts
 from tests.helpers.saves import assert_state, read, state_of, temporaries
 from tests.helpers.workers import PATIENCE_SECS
 from tests.process import in_child
@@ -35,6 +36,23 @@ def test_a_staged_future_is_written_from_its_own_memory(tmp_path: Path) -> None:
             process.write(future, str(tmp_path / str(number))).result(PATIENCE_SECS)  # type: ignore[arg-type]
     for number in range(3):
         assert_state(read(tmp_path / str(number)), number)
+
+
+def test_a_save_whose_waiting_was_kept_from_starting_ends_and_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pending: Future[dict[str, Any]] = Future()
+    with started(no_progress_timeout_secs=20, close_timeout_secs=PATIENCE_SECS) as process:
+        with monkeypatch.context() as patch:
+            threads = interrupt_starts(patch, "lastgood-await-state")
+            with pytest.raises(KeyboardInterrupt):
+                process.write(pending, str(tmp_path / "a"))
+        process.write(state_of(2), str(tmp_path / "a")).result(PATIENCE_SECS)
+        # Nobody has its future: what comes after all is not saved.
+        pending.set_result(state_of(1))
+        for thread in threads:
+            thread.join(PATIENCE_SECS)
+    assert_state(read(tmp_path / "a"), 2)
 
 
 def test_a_foreign_future_of_a_state_dict_is_waited_for(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from unittest.mock import MagicMock
 
 import pytest
+from tests.helpers.interruptions import interrupt_starts
 from tests.helpers.unmeasured import unmeasured_environment
 
 from lastgood._image_writer import PieceWriters
@@ -162,7 +163,7 @@ assert interruptions > 100, interruptions
 
 
 def test_an_interruption_is_raised_as_what_it_is_at_whatever_moment_it_comes() -> None:
-    # Unmeasured, as coverage keeps a lock for ever that it was interrupted in the taking of.
+    # Unmeasured: interrupted while it takes its lock, coverage never gives it up again.
     ended = subprocess.run(
         [sys.executable, "-c", INTERRUPTED_AGAIN_AND_AGAIN],
         env=unmeasured_environment(),
@@ -172,22 +173,6 @@ def test_an_interruption_is_raised_as_what_it_is_at_whatever_moment_it_comes() -
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-
-
-def interrupt_the_second_start(monkeypatch: pytest.MonkeyPatch, cause: Exception | None) -> None:
-    """What the standard library does when a signal's handler raises while the start of a thread is waited for."""
-    start, begun = threading.Thread.start, threading.Event()
-
-    def start_and_be_interrupted(thread: threading.Thread) -> None:
-        start(thread)
-        if begun.is_set():
-            try:
-                raise KeyboardInterrupt from cause
-            except KeyboardInterrupt:
-                raise RuntimeError("release unlocked lock")  # noqa: B904
-        begun.set()
-
-    monkeypatch.setattr(threading.Thread, "start", start_and_be_interrupted)
 
 
 def test_an_interrupted_start_keeps_its_cause_ends_the_tasks_and_keeps_nothing_in_memory(
@@ -211,7 +196,7 @@ def test_an_interrupted_start_keeps_its_cause_ends_the_tasks_and_keeps_nothing_i
             causes.append(interruption.__cause__)
         return weakref.ref(snapshot)
 
-    interrupt_the_second_start(monkeypatch, cause)
+    started = interrupt_starts(monkeypatch, "lastgood-test-1", cause)
     gc.disable()
     try:
         assert caller()() is None
@@ -219,22 +204,21 @@ def test_an_interrupted_start_keeps_its_cause_ends_the_tasks_and_keeps_nothing_i
         gc.enable()
     assert causes == [cause]
     first_task_done.set()
-    for thread in threading.enumerate():
-        if thread.name.startswith("lastgood-test-"):
-            thread.join(60)
-    assert len(done) <= 2
+    for thread in started:
+        thread.join(60)
+    assert len(done) == 2
 
 
 def test_an_interrupted_start_of_the_threads_that_write_a_file_leaves_none_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    interrupt_the_second_start(monkeypatch, None)
+    started = interrupt_starts(monkeypatch, "lastgood-write-1")
     with pytest.raises(KeyboardInterrupt):
         PieceWriters(MagicMock(), "a file", 1, 3, 60)
-    for thread in threading.enumerate():
-        if thread.name.startswith("lastgood-write-"):
-            thread.join(60)
-            assert not thread.is_alive()
+    assert len(started) == 2
+    for thread in started:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_a_failure_keeps_nothing_in_memory_once_it_was_handled() -> None:

@@ -79,7 +79,11 @@ class ProcessLink:
         self._output = ChildOutput()
         self._outbox.post(WorkerRequest(RequestType.PING, {"ping": 0, "launch": launch}), descriptors)
         self._thread = threading.Thread(target=self._run, name="lastgood-checkpoint-process", daemon=True)
-        start(self._thread)
+        try:
+            start(self._thread)
+        except BaseException:
+            self.leave()  # nobody will have this link, and its thread may be running
+            raise
 
     # What other threads call. None of it waits, but join().
 

@@ -90,7 +90,7 @@ def test_a_store_that_nobody_serves_any_more_is_given_up_in_time(monkeypatch: py
         opened = start(client.open, PATIENCE_SECS)
         server = serve(first.listener, first.world_size)
         opened.result(PATIENCE_SECS)
-        client.open(1)
+        client.open(PATIENCE_SECS)
         with pytest.raises(StoreUnreachableError, match="broke"):
             client.call(lambda store: store.get("nothing"), PATIENCE_SECS)
         assert not client.is_open
@@ -102,7 +102,7 @@ def test_a_store_that_nobody_serves_any_more_is_given_up_in_time(monkeypatch: py
         client.open(PATIENCE_SECS)
         del server
         with pytest.raises(StoreUnreachableError, match="broke"):
-            client.call(lambda store: store.num_keys(), 1)
+            client.call(lambda store: store.num_keys(), PATIENCE_SECS)
     client.close()
 
 

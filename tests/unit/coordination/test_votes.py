@@ -223,7 +223,7 @@ def test_hazard_27_a_rank_that_does_not_come_is_named_in_time(
         assert f"waited 4 s for rank {missing}" in str(error)
         assert f"Look at the log of rank {missing}" in str(error)
     assert_not_committed(path)
-    if missing == 0:  # whoever resumes waits for its lock: until it has that, nothing of the save gets a name
+    if missing == 0:  # Whoever resumes waits for rank 0's lock: until rank 0 has it, no file of the save gets its name.
         assert list(path.glob("checkpoint_*")) == []
     # Who comes too late hears the same, at once, and nothing is committed by it.
     [late] = ranks.save(path, 1, [missing])
