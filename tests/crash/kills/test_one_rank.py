@@ -58,11 +58,14 @@ class Run:
         self.root = root
         self.newest = 0, 0
         """The newest step that is there for certain, and the number of its state."""
+        self.latest_asked = 0
+        """The latest step of which there may be anything."""
 
     def check(self, number: int, life: Life, *, process_lived: bool) -> None:
         """After a life: what was acknowledged is there, and the run can go on."""
         assert life.resumed in (None, self.newest)  # None: it did not come to that
         before, numbers = self.newest[0], {**life.asked, self.newest[0]: self.newest[1]}
+        self.latest_asked = max(self.latest_asked, *life.asked, 0)
         # A process that only lost its trainer has finished what was staged.
         promised = max([before, *life.durable, *(life.staged if process_lived else ())])
         assert not (life.failed and process_lived)
@@ -84,10 +87,19 @@ class Run:
         self.assert_tidy()
 
     def assert_tidy(self) -> None:
-        """There are the last checkpoints, and nothing else: no temporary, and no lock that anybody holds."""
+        """There are the last checkpoints, and nothing else: no temporary, and no lock that anybody holds.
+
+        But for later steps: a trainer that outlived its checkpoint process had begun one, behind the save that failed,
+        when it was killed too. A directory is left of that until a run comes to a still later step.
+        """
         newest = self.newest[0]
         kept = [f"step-{step}" for step in range(max(1, newest - KEPT + 1), newest + 1)]
-        assert directories(self.root) == sorted(kept)
+        later = {f"step-{step}" for step in range(newest + 1, self.latest_asked + 1)}
+        found = {*directories(self.root)}
+        assert found - later == {*kept}
+        for name in found & later:
+            assert not LocalStorage().has_writers(str(self.root / name))
+            assert {*names(self.root / name)} <= {lock_file("checkpoint_0.pt")}
         for name in kept:
             assert not LocalStorage().has_writers(str(self.root / name))
             # Beside a checkpoint that was committed at its last breath, a process leaves the empty file of its lock.
