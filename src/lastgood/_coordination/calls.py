@@ -91,13 +91,14 @@ class SaveCalls:
             self._failed.pop(call.save_id, None)
 
     def with_news(self, call: SaveCall) -> SaveCall:
-        """The call with what has failed up to now: the save before it may have been under way when it was made."""
+        """The call with what else has failed by now: saves that were under way when it was made, or that failed in the
+        process it has come to."""
         with self._lock:
-            failed = tuple(self._failed.items())
+            failed = tuple((dict(call.failed) | self._failed).items())
         return call if failed == call.failed else dataclasses.replace(call, failed=failed)
 
     def went_well(self, call: SaveCall) -> None:
-        """What that call took along has arrived."""
+        """What this call took along has arrived."""
         with self._lock:
             for save_id, _ in call.failed:
                 self._failed.pop(save_id, None)

@@ -21,6 +21,14 @@ from lastgood._coordination.connection import (
 from lastgood._coordination.counting import count_votes
 from lastgood._coordination.departures import departed_of, has_any_departed, say_departed
 from lastgood._coordination.exchange import RANK_0_IS_GONE, Exchange, save_prefix
+from lastgood._coordination.failures import (
+    GIVEN_UP,
+    give_up_in,
+    given_up_by,
+    hear_in,
+    is_decided_in,
+    tell_later,
+)
 from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, pause_after, rank_list, wait_for
 from lastgood._coordination.tables import send_tables
 from lastgood.errors import BarrierTimeoutError, ConfigError, CorruptCheckpointError, LastgoodError, StorageError
@@ -39,7 +47,6 @@ _FIRST_COUNT_SECS = 1.0
 """After so long for the first time, and then ever more seldom, it is asked who has departed: all ranks ask."""
 
 _SAVES_REMEMBERED = 64
-_GIVEN_UP = "given up"
 
 
 class Coordinator:
@@ -59,11 +66,12 @@ class Coordinator:
 
     def save(self, call: SaveCall | None, path: str, storage: StorageBackend) -> "SaveTogether":
         """This rank's part in a save, which has not begun; without a ``call``, it is asked for at this moment."""
-        call = self._calls.new(path) if call is None else call
+        call = self._calls.new(path) if call is None else self._calls.with_news(call)
         self._former.extend(save_id for save_id in call.former if save_id not in self._former)
         self._last = SaveTogether(
             self.coordination,
             self._connection,
+            self._calls,
             call,
             path,
             storage,
@@ -103,6 +111,7 @@ class SaveTogether:
         self,
         coordination: Coordination,
         connection: Connection,
+        calls: SaveCalls,
         call: SaveCall,
         path: str,
         storage: StorageBackend,
@@ -114,8 +123,8 @@ class SaveTogether:
         self.save_id = call.save_id
         self._rank, self._world_size = coordination.rank, coordination.world_size
         self._exchange = Exchange(connection, call.save_id, path, self._rank, self._world_size, timeout_secs)
-        self._job = coordination.job
-        self._call = call
+        self._coordination = coordination
+        self._calls, self._call = calls, call
         self._epoch = call.epoch
         self._path = path
         self._root = root_of(path)
@@ -138,7 +147,7 @@ class SaveTogether:
         if self._rank != 0:
             return
         if self._epoch is None:
-            self._epoch = hold_epoch(self._storage, self._root, self._job, self._timeout_secs, look=False)
+            self._epoch = hold_epoch(self._storage, self._root, self._coordination.job, self._timeout_secs, look=False)
         check_epoch(self._storage, self._root, self._epoch)
         self._open()
         opening = msgspec.json.encode(self._epoch).decode()
@@ -150,6 +159,7 @@ class SaveTogether:
         self._exchange.open(self._timeout_secs)
         self._is_open = True
         self._exchange.ask(self._tell_former_failures)
+        self._calls.went_well(self._call)
 
     def _tell_former_failures(self, store: Any) -> None:
         for save_id, reason in self._call.failed:
@@ -170,7 +180,7 @@ class SaveTogether:
             self._give_up(Outcome(f"rank {self._rank} waited {self._timeout_secs:g} s for rank 0 to begin", (0,)))
             self._raise_unless_all_came()
         found = self._exchange.ask(lambda store: store.get(opened), ANSWER_SECS)
-        if found == _GIVEN_UP.encode():
+        if found == GIVEN_UP.encode():
             self._raise_unless_all_came()
         return msgspec.json.decode(found, type=Epoch)
 
@@ -321,28 +331,33 @@ class SaveTogether:
 
     def give_up(self, error: BaseException) -> None:
         """This rank's part has failed: tell the others, unless they know. Takes seconds at most, and never raises."""
-        if self._is_told or self._exchange.is_cut_off:
+        if self._is_told:
             return
-        try:
-            self._exchange.open(ANSWER_SECS)
-            self._is_open = True
-            self._give_up(given_up_by(self._rank, error))
-            self._hear()
-        except LastgoodError as failure:
-            _events.logger.warning(
-                "could not tell the other ranks that the save to %s failed here (%s)", self._path, failure
-            )
+        outcome = given_up_by(self._rank, error)
+        if not self._exchange.is_cut_off:
+            try:
+                self._exchange.open(ANSWER_SECS)
+                self._is_open = True
+                self._give_up(outcome)
+                self._hear()
+                return
+            except LastgoodError as failure:
+                _events.logger.warning(
+                    "could not tell the other ranks that the save to %s failed here (%s)", self._path, failure
+                )
+        tell_later(self._coordination, self._calls, self._call, outcome)
 
     def _give_up(self, outcome: Outcome) -> None:
-        self._exchange.ask(lambda store: give_up_in(store, self.save_id, outcome, self), ANSWER_SECS)
+        def tell(store: Any) -> None:
+            give_up_in(store, self.save_id, outcome)
+            if self._rank == 0 and outcome.reason is not None:
+                # After all have voted, the others wait for what rank 0 says last.
+                self._tell_result(store, outcome)
+
+        self._exchange.ask(tell, ANSWER_SECS)
 
     def _tell_result(self, store: Any, outcome: Outcome) -> None:
         store.set(self._exchange.key("result"), outcome.encode())
-
-    def tell_all(self, store: Any, outcome: Outcome) -> None:
-        """For rank 0, after all have voted: the others wait for what it says last."""
-        if self._rank == 0 and outcome.reason is not None:
-            self._tell_result(store, outcome)
 
     def _hear(self) -> None:
         """Rank 0 may leave once everybody knows how it ended."""
@@ -372,29 +387,3 @@ class SaveTogether:
             rank=self._rank,
             phase="vote",
         )
-
-
-def given_up_by(rank: int, error: BaseException) -> Outcome:
-    """What the others are told."""
-    return Outcome(f"rank {rank} gave up: {type(error).__name__}: {error}", (rank,))
-
-
-def give_up_in(store: Any, save_id: str, outcome: Outcome, save: SaveTogether | None = None) -> None:
-    """End a save for all ranks that have not been told another outcome, wherever they wait."""
-    meeting = Meeting(store, save_prefix(save_id), 0, 0)
-    meeting.decide(outcome)
-    if outcome.reason is not None and not store.check([meeting.key("opened")]):
-        store.set(meeting.key("opened"), _GIVEN_UP)
-    if save is not None and save.save_id == save_id:
-        save.tell_all(store, outcome)
-
-
-def hear_in(store: Any, save_id: str, world_size: int) -> None:
-    """Count one rank, other than rank 0, that knows how a save ended; rank 0 may leave when all do."""
-    if int(store.add(f"{save_prefix(save_id)}/heard", 1)) == world_size - 1:
-        store.set(f"{save_prefix(save_id)}/all heard", "1")
-
-
-def is_decided_in(store: Any, save_id: str) -> bool:
-    """Whether all ranks know, or can know, how the votes for a save ended."""
-    return Meeting(store, save_prefix(save_id), 0, 0).is_decided

@@ -3,17 +3,13 @@
 import dataclasses
 from concurrent.futures import Future
 
-from lastgood import _events
 from lastgood._coordination.calls import Coordination, SaveCall, SaveCalls, hold_epoch, root_of
-from lastgood._coordination.connection import ANSWER_SECS, Connection, StoreUnreachableError
-from lastgood._coordination.meeting import Outcome
-from lastgood._coordination.together import give_up_in, given_up_by, hear_in, is_decided_in
-from lastgood._threads import start_daemon
+from lastgood._coordination.failures import given_up_by, tell_later
 from lastgood.errors import BarrierTimeoutError, SupersededError
 from lastgood.storage.base import StorageBackend
 
 _TOLD = (BarrierTimeoutError, SupersededError)
-"""What a checkpoint process raises once it has told the others, or could not."""
+"""What a checkpoint process raises once it has told the others, or while it goes on trying to."""
 
 
 class TrainerVotes:
@@ -52,25 +48,5 @@ class TrainerVotes:
         written.add_done_callback(ended)
 
     def give_up(self, call: SaveCall, error: BaseException) -> None:
-        """Tell the others, in the background. Until that has worked, each save takes the news along: the store may be
-        gone with the checkpoint process, and the next one may take long to serve it."""
-        outcome = given_up_by(self._coordination.rank, error)
-        self._calls.could_not_tell(call, str(outcome.reason))
-        if start_daemon(lambda: self._tell(call, outcome), name="lastgood-give-up") is None:
-            _events.logger.warning("could not tell the other ranks, at the end of this process, that a save failed")
-
-    def _tell(self, call: SaveCall, outcome: Outcome) -> None:
-        coordination = self._coordination
-        connection = Connection(coordination.host, coordination.port, served_here=coordination.rank == 0)
-        try:
-            connection.open(ANSWER_SECS)
-            # Most of what fails in the checkpoint process has been told by it.
-            if connection.call(lambda store: is_decided_in(store, call.save_id), ANSWER_SECS):
-                self._calls.told(call)
-                return
-            connection.call(lambda store: give_up_in(store, call.save_id, outcome), ANSWER_SECS)
-            if coordination.rank != 0:
-                connection.call(lambda store: hear_in(store, call.save_id, coordination.world_size), ANSWER_SECS)
-            self._calls.told(call)
-        except StoreUnreachableError as failure:
-            _events.logger.info("could not tell the other ranks that %s: %s", outcome.reason, failure)
+        """Tell the others, in the background."""
+        tell_later(self._coordination, self._calls, call, given_up_by(self._coordination.rank, error))

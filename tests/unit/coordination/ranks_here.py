@@ -2,14 +2,17 @@
 
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.distributed.barrier_ranks import finished, start
 from tests.helpers.saves import state_of
+from tests.helpers.workers import PATIENCE_SECS
 
 from lastgood._coordination.calls import Coordination
+from lastgood._coordination.together import Coordinator
 from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
 from lastgood.storage.base import StorageBackend
 from lastgood.types import RankInfo
@@ -24,6 +27,14 @@ def coordinations(world_size: int, job: str | None = None) -> list[Coordination]
         Coordination(rank, world_size, "127.0.0.1", port, job, series, None if rank else listener)
         for rank in range(world_size)
     ]
+
+
+def join_telling_threads() -> None:
+    """Wait until no rank tries to tell the others in the background that a save has failed."""
+    for thread in threading.enumerate():
+        if thread.name == "lastgood-give-up":
+            thread.join(PATIENCE_SECS)
+            assert not thread.is_alive()
 
 
 class Hook(WriterHook):
@@ -79,6 +90,20 @@ class Ranks:
     def save(self, path: Path, number: int, ranks: list[int] | None = None) -> list[BaseException | None]:
         """How each of them ended."""
         return finished(self.start(path, number, ranks))
+
+    def end_store(self) -> None:
+        """As if rank 0's checkpoint process died: the store in which the ranks meet goes with it."""
+        coordinator = self.writers[0]._coordinator
+        assert coordinator is not None
+        coordinator._server = None
+        coordinator._connection.close()
+
+    def serve_anew(self) -> None:
+        """As if rank 0 had another checkpoint process, which counts on where its trainer has come to."""
+        before = self.writers[0]._coordinator
+        assert before is not None
+        renewed = self.writers[0]._coordinator = Coordinator(self.coordinations[0], before._timeout_secs)
+        renewed._calls = before._calls
 
     def close(self) -> None:
         for writer in reversed(self.writers):

@@ -6,15 +6,17 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from tests.distributed.barrier_ranks import finished, start
 from tests.helpers.workers import PATIENCE_SECS
-from tests.unit.coordination.ranks_here import Ranks, coordinations
+from tests.unit.coordination.ranks_here import Ranks, coordinations, join_telling_threads
 
-from lastgood._coordination import calls, connection, trainer
+from lastgood._coordination import calls, connection, failures, together
 from lastgood._coordination.calls import SaveCall, SaveCalls
 from lastgood._coordination.connection import Connection, StoreUnreachableError, serve
+from lastgood._coordination.failures import give_up_in, is_decided_in
 from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome
-from lastgood._coordination.together import Coordinator, give_up_in, is_decided_in
+from lastgood._coordination.together import Coordinator
 from lastgood._coordination.trainer import TrainerVotes
 from lastgood.errors import BarrierTimeoutError, CheckpointProcessError
 from lastgood.format.epoch import Epoch
@@ -145,7 +147,7 @@ def test_news_of_a_failure_that_nobody_could_be_told_come_with_the_next_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0's checkpoint process has died, and the store with it; the others are waiting for a new one."""
-    for module in (connection, trainer):
+    for module in (connection, failures):
         monkeypatch.setattr(module, "ANSWER_SECS", 0.2)
     ranks = Ranks(2)
     first = ranks.coordinations[0]
@@ -167,6 +169,32 @@ def test_news_of_a_failure_that_nobody_could_be_told_come_with_the_next_save(
     assert after.epoch is not None
     renewed._server = None
     ranks.close()
+
+
+def test_a_failure_that_a_checkpoint_process_could_not_tell_goes_with_the_next_call_of_its_trainer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody serves the store at this moment."""
+    for module in (connection, failures, together):
+        monkeypatch.setattr(module, "ANSWER_SECS", 0.2)
+    first, second = coordinations(2)
+    assert first.listener is not None
+    asked, coordinator = SaveCalls(second), Coordinator(second, PATIENCE_SECS)
+    lost = asked.new("/run/step-1")
+    coordinator.save(lost, "/run/step-1", LocalStorage()).give_up(ValueError("this rank's hook says no"))
+    join_telling_threads()
+    for module in (connection, failures, together):
+        monkeypatch.setattr(module, "ANSWER_SECS", PATIENCE_SECS)
+    server = serve(first.listener, first.world_size)
+    coordinator.save(asked.new("/run/step-2"), "/run/step-2", LocalStorage())._open()
+    store = dist.TCPStore(first.host, first.port, is_master=False, wait_for_workers=False)
+    told = Meeting(store, f"save/{lost.save_id}", 0, 2).outcome()
+    assert told == Outcome("rank 1 gave up: ValueError: this rank's hook says no", (1,))
+    after = asked.new("/run/step-3")
+    assert coordinator.save(after, "/run/step-3", LocalStorage())._call == after  # nothing is told twice
+    coordinator.close()
+    del server
+    first.close()
 
 
 def test_the_first_decision_stands() -> None:

@@ -16,12 +16,13 @@ from tests.distributed.barrier_ranks import finished, start
 from tests.helpers.saves import assert_state, contents, read, state_of, temporaries
 from tests.helpers.workers import PATIENCE_SECS
 from tests.storage.recording import RecordingFileOps
-from tests.unit.coordination.ranks_here import Ranks, coordinations
+from tests.unit.coordination.ranks_here import Ranks, coordinations, join_telling_threads
 
-from lastgood._coordination import together
+from lastgood._coordination import failures, together
 from lastgood._coordination.calls import SaveCalls
 from lastgood._coordination.counting import count_votes
-from lastgood._coordination.together import Coordinator, SaveTogether
+from lastgood._coordination.exchange import Exchange
+from lastgood._coordination.together import SaveTogether
 from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from lastgood.errors import (
     BarrierTimeoutError,
@@ -323,8 +324,7 @@ def test_when_rank_0_is_lost_after_the_last_vote_the_manifest_says_how_it_ended(
         elif manifest == "another job's":
             shutil.copy(other / "manifest.json", path)
         ops.calls.clear()
-        ranks.writers[0]._coordinator._server = None
-        save._exchange._connection.close()
+        ranks.end_store()
         raise SystemError("rank 0 died")
 
     publish = SaveTogether._publish_manifest
@@ -354,14 +354,48 @@ def test_a_store_served_anew_at_the_same_address_is_found_by_those_who_knew_the_
 ) -> None:
     ranks = make_ranks()
     assert ranks.save(tmp_path / "step-1", 1) == [None] * 3
-    first = ranks.writers[0]
-    before = first._coordinator
-    before._server = None
-    before._connection.close()
-    first._coordinator = Coordinator(ranks.coordinations[0], 600)
-    # It counts on where the other had come to: as a trainer does, whose checkpoint process has died.
-    first._coordinator._calls = before._calls
+    ranks.end_store()
+    ranks.serve_anew()
     assert ranks.save(tmp_path / "step-2", 2) == [None] * 3
+
+
+@pytest.mark.parametrize("told", ["at once", "with its next save"])
+def test_hazard_26_a_rank_that_was_cut_off_from_a_store_that_is_gone_says_so_in_the_next_one(
+    make_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """Rank 0's process died before it knew of the save, and the next process makes its part after all."""
+    monkeypatch.setattr(failures, "ANSWER_SECS", PATIENCE_SECS if told == "at once" else 0.1)
+    waits = threading.Event()
+    came = Exchange.came
+
+    def look(exchange: Exchange, key: str, timeout_secs: float | None = None) -> bool:
+        waits.set()
+        return came(exchange, key, timeout_secs)
+
+    ranks, path = make_ranks(), tmp_path / "step-2"
+    assert ranks.save(tmp_path / "step-1", 1) == [None] * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exchange, "came", look)
+        saves = ranks.start(path, 2, [1])
+        assert waits.wait(PATIENCE_SECS)
+    ranks.end_store()
+    [error] = finished(saves)
+    assert isinstance(error, BarrierTimeoutError)
+    assert "broke" in str(error)
+    if told == "with its next save":
+        join_telling_threads()
+    ranks.serve_anew()
+    saves = ranks.start(path, 2, [0, 2])
+    if told == "with its next save":
+        later = ranks.start(tmp_path / "step-3", 3, [1])
+    for error in finished(saves):
+        assert isinstance(error, BarrierTimeoutError)
+        assert error.missing_ranks == (1,)
+        assert "rank 1 gave up: BarrierTimeoutError" in str(error)
+    assert_not_committed(path)
+    if told == "with its next save":
+        assert finished([*later, *ranks.start(tmp_path / "step-3", 3, [0, 2])]) == [None] * 3
+    assert ranks.save(tmp_path / "step-4", 4) == [None] * 3
 
 
 def test_rank_0_holds_the_lock_of_its_file_for_the_whole_save(make_ranks: Any, tmp_path: Path) -> None:
