@@ -37,6 +37,8 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
+        # The fork server waits for its children: their numbers may be another's as soon as they have ended.
+        self._pidfd = os.pidfd_open(self.pid)
         theirs.close()
 
     @property
@@ -68,10 +70,17 @@ class Worker:
     def kill(self) -> None:
         """SIGKILL, and wait until the process is gone."""
         if self._process.is_alive():
-            with contextlib.suppress(ProcessLookupError):  # killed a moment ago, by the test
-                os.kill(self.pid, signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
         self._process.join(PATIENCE_SECS)
         self._pipe.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def send_signal(self, number: int) -> None:
+        """To this process alone: where it has ended, to none."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def exit(self) -> int | None:
         """Let the process come to its own end, and return its exit status."""

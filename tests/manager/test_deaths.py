@@ -1,6 +1,5 @@
 """Runs whose processes are killed: before every operation of a save and of what follows it, or in the middle of one."""
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -89,7 +88,7 @@ def test_hazard_22_a_save_whose_processes_were_all_killed_is_passed_over_left_al
 ) -> None:
     make_run(tmp_path, [5, 10])
     with save_under_way(tmp_path, 20) as (worker, process, _):
-        os.kill(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         assert process.wait()
         worker.kill()
     half = temporaries(tmp_path / "step-20")
@@ -122,7 +121,7 @@ def test_hazard_22_a_save_that_a_former_process_is_still_writing_is_waited_for(t
             assert not resumed.done()
             assert directories(tmp_path) == ["step-10", "step-20"]
             if fate == "it is killed":
-                os.kill(process.pid, signal.SIGKILL)
+                process.send_signal(signal.SIGKILL)
             else:
                 gate.send("go" if fate == "it lands" else "fail")
             if fate == "it lands":

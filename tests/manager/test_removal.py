@@ -225,7 +225,7 @@ def test_hazard_08_a_checkpoint_process_that_is_killed_removes_nothing(tmp_path:
             failed = manager.save(30, tiny(30))
             wait_for(staged)
             with ProcessEnd(process_of(manager._checkpointer)) as process:
-                os.kill(process.pid, signal.SIGKILL)
+                process.send_signal(signal.SIGKILL)
                 assert process.wait()
             assert failed.exception(PATIENCE_SECS) is not None
             manager.wait()

@@ -228,7 +228,7 @@ def test_hazard_02_close_drains_the_queue(tmp_path: Path) -> None:
 def test_hazard_03_saves_wait_for_a_stopped_process_in_vain_only_until_the_time_out(tmp_path: Path) -> None:
     with gated(snapshots_in_flight=2, slot_timeout_secs=0.3) as with_gate:
         with ProcessEnd(with_gate.pid) as end:
-            os.kill(end.pid, signal.SIGSTOP)
+            end.send_signal(signal.SIGSTOP)
             futures = [with_gate.save(tmp_path / name, number) for number, name in enumerate(("a", "b"))]
             for _ in range(2):
                 with (
@@ -238,7 +238,7 @@ def test_hazard_03_saves_wait_for_a_stopped_process_in_vain_only_until_the_time_
                     with_gate.checkpointer.save(str(tmp_path / "c"), state_of(2))
                 assert "take" not in seen
                 assert late.value.path == str(tmp_path / "c")
-            os.kill(end.pid, signal.SIGCONT)
+            end.send_signal(signal.SIGCONT)
         for name, (_, written) in zip(("a", "b"), futures, strict=True):
             with_gate.let_write(tmp_path / name)
             written.result(PATIENCE_SECS)
@@ -249,12 +249,12 @@ def test_hazard_03_saves_wait_for_a_stopped_process_in_vain_only_until_the_time_
 
 def test_hazard_03_close_waits_for_a_stopped_process_until_the_time_out_and_leaves_it_to_finish(tmp_path: Path) -> None:
     with gated(snapshots_in_flight=2, close_timeout_secs=0.3) as with_gate, ProcessEnd(with_gate.pid) as end:
-        os.kill(end.pid, signal.SIGSTOP)
+        end.send_signal(signal.SIGSTOP)
         futures = [with_gate.save(tmp_path / name, number)[1] for number, name in enumerate(("a", "b"))]
         with pytest.raises(SaveTimeoutError, match="not finished within"):
             with_gate.checkpointer.close()
         assert not end.wait(0)
-        os.kill(end.pid, signal.SIGCONT)
+        end.send_signal(signal.SIGCONT)
         for name, written in zip(("a", "b"), futures, strict=True):
             with_gate.let_write(tmp_path / name)
             written.result(PATIENCE_SECS)
@@ -267,7 +267,7 @@ def test_a_process_killed_between_saves_is_not_even_noticed(tmp_path: Path) -> N
     with gated() as with_gate:
         with_gate.save_whole(tmp_path / "a", 1)
         with ProcessEnd(with_gate.pid) as end:
-            os.kill(end.pid, signal.SIGKILL)
+            end.send_signal(signal.SIGKILL)
             assert end.wait()
             with_gate.save_whole(tmp_path / "a", 2)
             assert with_gate.pid != end.pid

@@ -1,6 +1,5 @@
 """A trainer that was started again finds the checkpoint process of its former life still writing to the same path."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -100,13 +99,13 @@ def test_the_new_save_lands_after_that_of_the_former_process(tmp_path: Path, new
     save(path, 0)
     with former_process(path, 1) as (end, let_pass):
         if is_stopped:
-            os.kill(end.pid, signal.SIGSTOP)
+            end.send_signal(signal.SIGSTOP)
         with new_save(path, 2) as new:
             new.wait_until_it_waits()
             assert_state(lastgood.load(file_in(path)), 0)
             assert not new.written.done()
             if is_stopped:
-                os.kill(end.pid, signal.SIGCONT)
+                end.send_signal(signal.SIGCONT)
             let_pass("post_commit")
             assert_state(lastgood.load(file_in(path)), 1)
             assert not new.written.done()
@@ -127,11 +126,11 @@ def test_the_death_of_the_former_process_frees_its_lock_for_the_new_save(
     with former_process(path, 1) as (end, _), new_save(path, 2) as new:
         new.wait_until_it_waits()
         if is_stopped:
-            os.kill(end.pid, signal.SIGSTOP)
+            end.send_signal(signal.SIGSTOP)
         assert len(temporaries(path)) == 1
         assert_state(lastgood.load(file_in(path)), 0)
         assert not new.written.done()
-        os.kill(end.pid, signal.SIGKILL)
+        end.send_signal(signal.SIGKILL)
         assert end.wait()
         new.written.result(PATIENCE_SECS)
     assert_state(lastgood.load(file_in(path)), 2)

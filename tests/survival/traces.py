@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import signal
 from pathlib import Path
 
 from tests.helpers.workers import PATIENCE_SECS
@@ -11,7 +12,10 @@ _SHARED = "/memfd:lastgood"
 
 
 class ProcessEnd:
-    """Waits for the end of a process that may be anybody's child, any number of times."""
+    """Waits for the end of a process that may be anybody's child, any number of times.
+
+    Its number may be another's once it has ended, and soon is where many processes and threads come and go.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -28,6 +32,11 @@ class ProcessEnd:
         poller = select.poll()
         poller.register(self._pidfd, select.POLLIN)
         return bool(poller.poll(secs * 1000))
+
+    def send_signal(self, number: int) -> None:
+        """To this process alone: where it has ended, to none."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
 
 
 def shared_memory(pid: int) -> dict[int, int]:

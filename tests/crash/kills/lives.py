@@ -2,7 +2,6 @@
 
 import abc
 import concurrent.futures
-import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -73,7 +72,7 @@ class Life:
     def __exit__(self, *error: object) -> None:
         # Whatever a failed test leaves: nobody goes on.
         for process in self._processes:
-            _kill(process.pid)
+            process.send_signal(signal.SIGKILL)
             self._held.enter_context(process)
         self._held.close()
 
@@ -163,7 +162,7 @@ class Life:
         """SIGKILL, in this order."""
         self._note_shared_memory()
         for victim in victims:
-            _kill(self._worker.pid if victim == TRAINER else self._processes[-1].pid)
+            (self._worker if victim == TRAINER else self._processes[-1]).send_signal(signal.SIGKILL)
         if self.stopped in victims:
             self.stopped = None
 
@@ -174,7 +173,7 @@ class Life:
             self._pipes[who].send("go on")
 
     def _note_shared_memory(self) -> None:
-        for pid in (self._worker.pid, *(process.pid for process in self._processes)):
+        for pid in (self._worker.pid, *(process.pid for process in self._processes if not process.wait(0))):
             with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 self._shared_memory |= shared_memory(pid).keys() | mapped_shared_memory(pid).keys()
 
@@ -267,8 +266,3 @@ def side_by_side(sweeps: Sequence[Sweep]) -> None:
             sweep.is_given_up = True
     for future in futures:
         future.result()
-
-
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
