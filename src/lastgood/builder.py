@@ -128,7 +128,12 @@ def make_async_checkpointer(
     storage = StorageInTime(LocalStorage(), config.writer_config.no_progress_timeout_secs)
     votes = None
     if coordination is not None:
-        votes = TrainerVotes(coordination, storage, config.writer_config.no_progress_timeout_secs)
+        votes = TrainerVotes(
+            coordination,
+            storage,
+            no_progress_timeout_secs=config.writer_config.no_progress_timeout_secs,
+            write_barrier_timeout_secs=config.writer_config.write_barrier_timeout_secs,
+        )
     may_write = partial(
         refuse_committed,
         storage,

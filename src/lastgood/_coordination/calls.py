@@ -3,7 +3,6 @@
 torch is not imported here.
 """
 
-import dataclasses
 import hashlib
 import os
 import socket
@@ -15,7 +14,6 @@ from lastgood.format.epoch import Epoch, check_epoch, take_epoch
 from lastgood.storage.base import StorageBackend
 
 _PATHS_REMEMBERED = 4096
-_FAILURES_REMEMBERED = 64
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Coordination:
 class SaveCall:
     """One save, as it was asked for. ``epoch`` is known to rank 0 alone, which tells the others.
 
-    ``former`` are ids of saves that are over: what they have left in the store may go. ``failed`` are those of which
-    this rank could not tell the others, each with the reason.
+    ``former`` are ids of saves that are over: what they have left in the store may go. ``failed`` are those that have
+    failed on this rank, each with the reason, and that the others may not know of.
     """
 
     save_id: str
@@ -62,7 +60,6 @@ class SaveCalls:
         self._counts: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.RLock()  # a signal handler may save in the middle of a save
         self._last: tuple[str, ...] = ()
-        self._failed: OrderedDict[str, str] = OrderedDict()
 
     def new(self, path: str) -> SaveCall:
         """The next save to ``path``. Whatever happens then, it has been asked for: a rank that fails counts too."""
@@ -74,34 +71,9 @@ class SaveCalls:
             if len(self._counts) > _PATHS_REMEMBERED:
                 self._counts.popitem(last=False)
             digest = hashlib.sha256("\0".join((self._series, where, str(count))).encode(errors="surrogateescape"))
-            call = SaveCall(digest.hexdigest()[:32], None, self._last, tuple(self._failed.items()))
+            call = SaveCall(digest.hexdigest()[:32], None, self._last)
             self._last = (call.save_id,)
             return call
-
-    def could_not_tell(self, call: SaveCall, reason: str) -> None:
-        """The save has failed here: until the others have been told, each call takes the news along."""
-        with self._lock:
-            self._failed[call.save_id] = reason
-            if len(self._failed) > _FAILURES_REMEMBERED:
-                self._failed.popitem(last=False)
-
-    def told(self, call: SaveCall) -> None:
-        """The others know that this save has failed."""
-        with self._lock:
-            self._failed.pop(call.save_id, None)
-
-    def with_news(self, call: SaveCall) -> SaveCall:
-        """The call with what else has failed by now: saves that were under way when it was made, or that failed in the
-        process it has come to."""
-        with self._lock:
-            failed = tuple((dict(call.failed) | self._failed).items())
-        return call if failed == call.failed else dataclasses.replace(call, failed=failed)
-
-    def went_well(self, call: SaveCall) -> None:
-        """What this call took along has arrived."""
-        with self._lock:
-            for save_id, _ in call.failed:
-                self._failed.pop(save_id, None)
 
 
 _held: dict[tuple[str, str], Epoch] = {}

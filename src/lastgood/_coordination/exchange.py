@@ -18,7 +18,7 @@ class Exchange:
     ) -> None:
         self.timeout_secs = timeout_secs
         self.is_cut_off = False
-        """Whether the store was lost: nobody can be told anything from then on."""
+        """Whether the store was lost: another one may be served at its address, which knows nothing of this save."""
         self._connection = connection
         self._save_id = save_id
         self._path = path

@@ -1,9 +1,13 @@
 """What the other ranks are told of a save that has failed on one of them, and by what way when their store is gone."""
 
+import dataclasses
+import threading
+import time
+from collections import OrderedDict
 from typing import Any
 
 from lastgood import _events
-from lastgood._coordination.calls import Coordination, SaveCall, SaveCalls
+from lastgood._coordination.calls import Coordination, SaveCall
 from lastgood._coordination.connection import ANSWER_SECS, Connection, StoreUnreachableError
 from lastgood._coordination.exchange import save_prefix
 from lastgood._coordination.meeting import Meeting, Outcome
@@ -12,51 +16,105 @@ from lastgood._threads import start_daemon
 GIVEN_UP = "given up"
 """Stands in the place of the epoch, for those who wait for rank 0 to begin."""
 
+_FAILURES_REMEMBERED = 64
+
+
+class FailedSaves:
+    """Those that have failed on this rank, until a later save has made sure that the others know.
+
+    The store may be gone with rank 0's checkpoint process, and with it what it has been told. The next process, which
+    serves it anew, may make its part of the same save after all, and then waits for this rank.
+    """
+
+    def __init__(self, coordination: Coordination, timeout_secs: float) -> None:
+        self._coordination = dataclasses.replace(coordination, listener=None)
+        self._timeout_secs = timeout_secs
+        self._reasons: OrderedDict[str, str] = OrderedDict()
+        self._lock = threading.RLock()  # a signal handler may save in the middle of a save
+        self._tellers: list[threading.Thread] = []
+
+    def note(self, call: SaveCall, outcome: Outcome) -> None:
+        """From now on, each call takes the news along, until they have arrived."""
+        with self._lock:
+            self._reasons[call.save_id] = str(outcome.reason)
+            if len(self._reasons) > _FAILURES_REMEMBERED:
+                self._reasons.popitem(last=False)
+
+    def with_news(self, call: SaveCall) -> SaveCall:
+        """The call with what has failed by now, here and where it comes from."""
+        with self._lock:
+            failed = tuple((dict(call.failed) | self._reasons).items())
+        return call if failed == call.failed else dataclasses.replace(call, failed=failed)
+
+    def arrived(self, call: SaveCall) -> None:
+        """The others know of what this call took along."""
+        with self._lock:
+            for save_id, _ in call.failed:
+                self._reasons.pop(save_id, None)
+
+    def tell(self, call: SaveCall, outcome: Outcome) -> None:
+        """Note it, and tell the others in the background, for as long as they may wait. Raises only interruptions."""
+        self.note(call, outcome)
+        try:
+            teller = start_daemon(lambda: self._tell(call, outcome), name="lastgood-give-up")
+        except RuntimeError as error:  # for want of threads
+            _events.logger.warning("%s: the other ranks hear with the next save that %s", error, outcome.reason)
+            return
+        if teller is None:
+            _events.logger.warning("could not tell the other ranks, at the end of this process: %s", outcome.reason)
+            return
+        with self._lock:
+            self._tellers = [each for each in self._tellers if each.is_alive()] + [teller]
+
+    def wait(self, timeout_secs: float) -> None:
+        """Wait until nobody is being told anything in the background."""
+        deadline = time.monotonic() + timeout_secs
+        with self._lock:
+            tellers = self._tellers
+        for teller in tellers:
+            teller.join(max(0.0, deadline - time.monotonic()))
+
+    def _tell(self, call: SaveCall, outcome: Outcome) -> None:
+        coordination = self._coordination
+        connection = Connection(coordination.host, coordination.port, served_here=coordination.rank == 0)
+        try:
+            connection.open(self._timeout_secs)
+            with self._lock:
+                has_arrived = call.save_id not in self._reasons
+            if not has_arrived:
+                connection.call(lambda store: fail_in(store, coordination, call.save_id, outcome), ANSWER_SECS)
+        except StoreUnreachableError as failure:
+            _events.logger.warning("could not tell the other ranks that %s: %s", outcome.reason, failure)
+
 
 def given_up_by(rank: int, error: BaseException) -> Outcome:
     """What the others are told."""
     return Outcome(f"rank {rank} gave up: {type(error).__name__}: {error}", (rank,))
 
 
-def give_up_in(store: Any, save_id: str, outcome: Outcome) -> None:
-    """End a save for all ranks that have not been told another outcome, wherever they wait for votes."""
+def fail_in(store: Any, coordination: Coordination, save_id: str, outcome: Outcome) -> None:
+    """End a save that has failed on this rank, unless it is decided: most have been told of by who made them."""
+    if not Meeting(store, save_prefix(save_id), 0, 0).is_decided:
+        is_first = give_up_in(store, coordination.rank, save_id, outcome)
+        # Two may come here for the same rank, which counts once.
+        if is_first and coordination.rank != 0:
+            hear_in(store, save_id, coordination.world_size)
+
+
+def give_up_in(store: Any, rank: int, save_id: str, outcome: Outcome) -> bool:
+    """End a save for all ranks that have not been told another outcome, wherever they wait; whether none was fixed."""
     meeting = Meeting(store, save_prefix(save_id), 0, 0)
-    meeting.decide(outcome)
-    if outcome.reason is not None and not store.check([meeting.key("opened")]):
-        store.set(meeting.key("opened"), GIVEN_UP)
+    is_first = meeting.decide(outcome)
+    if outcome.reason is not None:
+        if not store.check([meeting.key("opened")]):
+            store.set(meeting.key("opened"), GIVEN_UP)
+        if rank == 0:
+            # After all have voted, the others wait for what rank 0 says last.
+            store.set(meeting.key("result"), outcome.encode())
+    return is_first
 
 
 def hear_in(store: Any, save_id: str, world_size: int) -> None:
     """Count one rank, other than rank 0, that knows how a save ended; rank 0 may leave when all do."""
     if int(store.add(f"{save_prefix(save_id)}/heard", 1)) == world_size - 1:
         store.set(f"{save_prefix(save_id)}/all heard", "1")
-
-
-def is_decided_in(store: Any, save_id: str) -> bool:
-    """Whether all ranks know, or can know, how the votes for a save ended."""
-    return Meeting(store, save_prefix(save_id), 0, 0).is_decided
-
-
-def tell_later(coordination: Coordination, calls: SaveCalls, call: SaveCall, outcome: Outcome) -> None:
-    """Tell the others in the background that this rank's part of a save has failed. Never raises.
-
-    The store may be gone with rank 0's checkpoint process, and the next one, which serves it anew, may make its part of
-    the same save after all. Until the others could be told, each later call takes the news along.
-    """
-    calls.could_not_tell(call, str(outcome.reason))
-    if start_daemon(lambda: _tell(coordination, calls, call, outcome), name="lastgood-give-up") is None:
-        _events.logger.warning("could not tell the other ranks, at the end of this process, that a save failed")
-
-
-def _tell(coordination: Coordination, calls: SaveCalls, call: SaveCall, outcome: Outcome) -> None:
-    connection = Connection(coordination.host, coordination.port, served_here=coordination.rank == 0)
-    try:
-        connection.open(ANSWER_SECS)
-        # Most of what fails in a checkpoint process has been told by it.
-        if not connection.call(lambda store: is_decided_in(store, call.save_id), ANSWER_SECS):
-            connection.call(lambda store: give_up_in(store, call.save_id, outcome), ANSWER_SECS)
-            if coordination.rank != 0:
-                connection.call(lambda store: hear_in(store, call.save_id, coordination.world_size), ANSWER_SECS)
-        calls.told(call)
-    except StoreUnreachableError as failure:
-        _events.logger.info("could not tell the other ranks that %s: %s", outcome.reason, failure)

@@ -60,14 +60,14 @@ class Meeting:
             return 0
         return int(self._store.add(self.key("number"), 1))
 
-    def decide(self, outcome: Outcome) -> None:
-        """Fix the outcome for all ranks, unless it has been fixed before."""
+    def decide(self, outcome: Outcome) -> bool:
+        """Fix the outcome for all ranks, unless it has been fixed before; true for one of those who tried."""
         if outcome.reason is not None:
             # If two give up at once, either reason is as good.
             self._store.set(self.key("account"), outcome.encode())
         self._store.compare_set(self.key("outcome"), "", _ALL_CAME if outcome.reason is None else _GIVEN_UP)
         # Looked for by those that wait, who then find the outcome and the account that go before it.
-        self._store.add(self.key("decided"), 1)
+        return int(self._store.add(self.key("decided"), 1)) == 1
 
     @property
     def is_decided(self) -> bool:

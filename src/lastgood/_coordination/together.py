@@ -21,17 +21,10 @@ from lastgood._coordination.connection import (
 from lastgood._coordination.counting import count_votes
 from lastgood._coordination.departures import departed_of, has_any_departed, say_departed
 from lastgood._coordination.exchange import RANK_0_IS_GONE, Exchange, save_prefix
-from lastgood._coordination.failures import (
-    GIVEN_UP,
-    give_up_in,
-    given_up_by,
-    hear_in,
-    is_decided_in,
-    tell_later,
-)
+from lastgood._coordination.failures import GIVEN_UP, FailedSaves, fail_in, give_up_in, given_up_by, hear_in
 from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, pause_after, rank_list, wait_for
 from lastgood._coordination.tables import send_tables
-from lastgood.errors import BarrierTimeoutError, ConfigError, CorruptCheckpointError, LastgoodError, StorageError
+from lastgood.errors import BarrierTimeoutError, ConfigError, CorruptCheckpointError, StorageError
 from lastgood.format.archive import open_archive
 from lastgood.format.commit import read_manifest
 from lastgood.format.epoch import Epoch, check_epoch, publish, publishing
@@ -43,6 +36,8 @@ ReplicaChecksums = Callable[[], Sequence[int]]
 """Gives the CRC-32s of the tensors that have to be the same on all ranks, in the order of their names."""
 
 _FAREWELL_SECS = 5.0
+_NEWS_SECS = 30.0
+"""How long a rank that has something to tell stays for that: another process of rank 0 may be starting."""
 _FIRST_COUNT_SECS = 1.0
 """After so long for the first time, and then ever more seldom, it is asked who has departed: all ranks ask."""
 
@@ -55,6 +50,7 @@ class Coordinator:
     def __init__(self, coordination: Coordination, timeout_secs: float) -> None:
         self.coordination = coordination
         self._calls = SaveCalls(coordination)
+        self._failures = FailedSaves(coordination, timeout_secs)
         self._timeout_secs = timeout_secs
         self._server = None if coordination.listener is None else serve(coordination.listener, coordination.world_size)
         self._connection = Connection(
@@ -66,12 +62,13 @@ class Coordinator:
 
     def save(self, call: SaveCall | None, path: str, storage: StorageBackend) -> "SaveTogether":
         """This rank's part in a save, which has not begun; without a ``call``, it is asked for at this moment."""
-        call = self._calls.new(path) if call is None else self._calls.with_news(call)
-        self._former.extend(save_id for save_id in call.former if save_id not in self._former)
+        call = self._failures.with_news(self._calls.new(path) if call is None else call)
+        over = (*call.former, *(save_id for save_id, _ in call.failed))
+        self._former.extend(save_id for save_id in over if save_id not in self._former)
         self._last = SaveTogether(
             self.coordination,
             self._connection,
-            self._calls,
+            self._failures,
             call,
             path,
             storage,
@@ -93,7 +90,11 @@ class Coordinator:
             _events.logger.info("could not tell the other ranks that this one's trainer has ended: %s", failure)
 
     def close(self) -> None:
-        """Rank 0 waits a moment, until all others know how the last save ended; then its store is gone."""
+        """Once the others know how this rank's saves ended, or cannot be told; rank 0's store is gone then.
+
+        Where nothing has failed, rank 0 stays a moment at most, and the others leave at once.
+        """
+        self._failures.wait(_NEWS_SECS)
         if self._last is not None:
             self._last.wait_until_all_know()
         self._connection.close()
@@ -111,7 +112,7 @@ class SaveTogether:
         self,
         coordination: Coordination,
         connection: Connection,
-        calls: SaveCalls,
+        failures: FailedSaves,
         call: SaveCall,
         path: str,
         storage: StorageBackend,
@@ -124,7 +125,7 @@ class SaveTogether:
         self._rank, self._world_size = coordination.rank, coordination.world_size
         self._exchange = Exchange(connection, call.save_id, path, self._rank, self._world_size, timeout_secs)
         self._coordination = coordination
-        self._calls, self._call = calls, call
+        self._failures, self._call = failures, call
         self._epoch = call.epoch
         self._path = path
         self._root = root_of(path)
@@ -149,22 +150,21 @@ class SaveTogether:
         if self._epoch is None:
             self._epoch = hold_epoch(self._storage, self._root, self._coordination.job, self._timeout_secs, look=False)
         check_epoch(self._storage, self._root, self._epoch)
-        self._open()
+        self._open(self._timeout_secs)
         opening = msgspec.json.encode(self._epoch).decode()
         self._exchange.ask(lambda store: store.set(self._exchange.key("opened"), opening), ANSWER_SECS)
 
-    def _open(self) -> None:
+    def _open(self, timeout_secs: float) -> None:
         if self._is_open:
             return
-        self._exchange.open(self._timeout_secs)
+        self._exchange.open(timeout_secs)
         self._is_open = True
-        self._exchange.ask(self._tell_former_failures)
-        self._calls.went_well(self._call)
+        self._exchange.ask(self._tell_former_failures, timeout_secs)
+        self._failures.arrived(self._call)
 
     def _tell_former_failures(self, store: Any) -> None:
         for save_id, reason in self._call.failed:
-            if not is_decided_in(store, save_id):
-                give_up_in(store, save_id, Outcome(reason, (self._rank,)))
+            fail_in(store, self._coordination, save_id, Outcome(reason, (self._rank,)))
 
     @contextmanager
     def publication(self) -> Iterator[None]:
@@ -174,7 +174,7 @@ class SaveTogether:
             yield
 
     def _wait_for_epoch(self) -> Epoch:
-        self._open()
+        self._open(self._timeout_secs)
         opened = self._exchange.key("opened")
         if not self._exchange.came(opened):
             self._give_up(Outcome(f"rank {self._rank} waited {self._timeout_secs:g} s for rank 0 to begin", (0,)))
@@ -330,31 +330,30 @@ class SaveTogether:
     # Failures
 
     def give_up(self, error: BaseException) -> None:
-        """This rank's part has failed: tell the others, unless they know. Takes seconds at most, and never raises."""
+        """This rank's part has failed: tell the others, unless they know. Takes seconds at most.
+
+        Raises nothing but what interrupts it.
+        """
         if self._is_told:
             return
         outcome = given_up_by(self._rank, error)
-        if not self._exchange.is_cut_off:
-            try:
-                self._exchange.open(ANSWER_SECS)
-                self._is_open = True
-                self._give_up(outcome)
-                self._hear()
-                return
-            except LastgoodError as failure:
-                _events.logger.warning(
-                    "could not tell the other ranks that the save to %s failed here (%s)", self._path, failure
-                )
-        tell_later(self._coordination, self._calls, self._call, outcome)
+        if self._exchange.is_cut_off or not self._could_tell(outcome):
+            self._failures.tell(self._call, outcome)
+
+    def _could_tell(self, outcome: Outcome) -> bool:
+        try:
+            self._open(ANSWER_SECS)
+            self._give_up(outcome)
+            self._hear()
+        except BarrierTimeoutError as failure:
+            _events.logger.info("the other ranks hear later that the save to %s failed (%s)", self._path, failure)
+            return False
+        # This store may be gone before all have heard.
+        self._failures.note(self._call, outcome)
+        return True
 
     def _give_up(self, outcome: Outcome) -> None:
-        def tell(store: Any) -> None:
-            give_up_in(store, self.save_id, outcome)
-            if self._rank == 0 and outcome.reason is not None:
-                # After all have voted, the others wait for what rank 0 says last.
-                self._tell_result(store, outcome)
-
-        self._exchange.ask(tell, ANSWER_SECS)
+        self._exchange.ask(lambda store: give_up_in(store, self._rank, self.save_id, outcome), ANSWER_SECS)
 
     def _tell_result(self, store: Any, outcome: Outcome) -> None:
         store.set(self._exchange.key("result"), outcome.encode())

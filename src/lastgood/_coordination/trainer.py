@@ -4,7 +4,7 @@ import dataclasses
 from concurrent.futures import Future
 
 from lastgood._coordination.calls import Coordination, SaveCall, SaveCalls, hold_epoch, root_of
-from lastgood._coordination.failures import given_up_by, tell_later
+from lastgood._coordination.failures import FailedSaves, given_up_by
 from lastgood.errors import BarrierTimeoutError, SupersededError
 from lastgood.storage.base import StorageBackend
 
@@ -15,11 +15,19 @@ _TOLD = (BarrierTimeoutError, SupersededError)
 class TrainerVotes:
     """One rank's, for one checkpointer. Nothing here keeps the training loop waiting for another rank."""
 
-    def __init__(self, coordination: Coordination, storage: StorageBackend, timeout_secs: float) -> None:
+    def __init__(
+        self,
+        coordination: Coordination,
+        storage: StorageBackend,
+        *,
+        no_progress_timeout_secs: float,
+        write_barrier_timeout_secs: float,
+    ) -> None:
         self._coordination = dataclasses.replace(coordination, listener=None)
         self._calls = SaveCalls(coordination)
+        self._failures = FailedSaves(coordination, write_barrier_timeout_secs)
         self._storage = storage
-        self._timeout_secs = timeout_secs
+        self._no_progress_timeout_secs = no_progress_timeout_secs
 
     def new_call(self, path: object) -> SaveCall:
         """To be asked for before anything of a save can fail."""
@@ -28,11 +36,11 @@ class TrainerVotes:
     def with_epoch(self, call: SaveCall, path: object) -> SaveCall:
         """The call as it goes to the checkpoint process, when those before it are over: with what has failed of them,
         and on rank 0 with the job's epoch, taken at the first save."""
-        call = self._calls.with_news(call)
+        call = self._failures.with_news(call)
         if self._coordination.rank != 0:
             return call
         root = root_of(str(path))
-        epoch = hold_epoch(self._storage, root, self._coordination.job, self._timeout_secs, look=False)
+        epoch = hold_epoch(self._storage, root, self._coordination.job, self._no_progress_timeout_secs, look=False)
         return dataclasses.replace(call, epoch=epoch)
 
     def watch(self, call: SaveCall, written: "Future[None]") -> None:
@@ -41,12 +49,15 @@ class TrainerVotes:
         def ended(done: "Future[None]") -> None:
             error = done.exception()
             if error is None:
-                self._calls.went_well(call)
-            elif not isinstance(error, _TOLD):
+                self._failures.arrived(call)
+            elif isinstance(error, _TOLD):
+                # What it told is lost if it dies now, or rank 0's does.
+                self._failures.note(call, given_up_by(self._coordination.rank, error))
+            else:
                 self.give_up(call, error)
 
         written.add_done_callback(ended)
 
     def give_up(self, call: SaveCall, error: BaseException) -> None:
         """Tell the others, in the background."""
-        tell_later(self._coordination, self._calls, call, given_up_by(self._coordination.rank, error))
+        self._failures.tell(call, given_up_by(self._coordination.rank, error))

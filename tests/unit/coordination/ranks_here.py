@@ -3,14 +3,17 @@
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.distributed.barrier_ranks import finished, start
 from tests.helpers.saves import state_of
 from tests.helpers.workers import PATIENCE_SECS
 
+from lastgood._coordination import connection, failures, together
 from lastgood._coordination.calls import Coordination
 from lastgood._coordination.together import Coordinator
 from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
@@ -27,6 +30,15 @@ def coordinations(world_size: int, job: str | None = None) -> list[Coordination]
         Coordination(rank, world_size, "127.0.0.1", port, job, series, None if rank else listener)
         for rank in range(world_size)
     ]
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """No store gets longer than a moment to answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (connection, failures, together):
+            patch.setattr(module, "ANSWER_SECS", 0.2)
+        yield
 
 
 def join_telling_threads() -> None:
