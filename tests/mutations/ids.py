@@ -178,8 +178,8 @@ IDS = (
     Mutation(
         "the epoch is looked at before anything is written",
         "_coordination/together.py",
-        "        check_epoch(self._storage, self._root, self._epoch)\n        self._open()\n",
-        "        self._open()\n",
+        "        check_epoch(self._storage, self._root, self._epoch)\n        self._open(self._timeout_secs)\n",
+        "        self._open(self._timeout_secs)\n",
         (*VOTES, "tests/distributed/test_votes_processes.py"),
     ),
     Mutation(

@@ -121,7 +121,7 @@ ORDER = (
         "no other rank publishes before rank 0 has its lock",
         "_coordination/together.py",
         "        epoch = self._epoch or self._wait_for_epoch()\n",
-        "        self._open()\n"
+        "        self._open(self._timeout_secs)\n"
         "        epoch = self._epoch or hold_epoch(self._storage, self._root, self._job, 60, look=False)\n",
         (*VOTES, "tests/distributed/test_votes_processes.py"),
     ),
