@@ -305,9 +305,7 @@ class AsyncCheckpointer(_ReadingCheckpointer):
         try:
             self._checkpoint_stager.close()
         finally:
-            self._checkpoint_process.close()
-        # What the process knows reaches the futures a moment later.
-        concurrent.futures.wait([save.written for save in self._saves], _MOMENT_SECS)
+            self._close_process()
         for save in self._saves:
             _unknown.pop(save, None)
         failures = [failure for save in self._saves if (failure := save.unfetched_failure()) is not None]
@@ -315,6 +313,15 @@ class AsyncCheckpointer(_ReadingCheckpointer):
             logger.error("another save failed, too: %s", failure)
         if failures:
             raise failures[0]
+
+    def _close_process(self) -> None:
+        try:
+            self._checkpoint_process.close()
+        finally:
+            # What the process knows reaches the futures a moment later.
+            concurrent.futures.wait([save.written for save in self._saves], _MOMENT_SECS)
+            if self._votes is not None:
+                self._votes.close()
 
 
 _unknown: dict[_Save, AsyncCheckpointer] = {}

@@ -3,17 +3,24 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from tests.distributed import ending_script
 from tests.distributed import voting_ranks as ranks
 from tests.distributed.voting_ranks import order
 from tests.helpers.saves import assert_state, contents, read
 from tests.helpers.workers import Worker
 from tests.survival.traces import ProcessEnd
+from tests.unit.coordination.ranks_here import coordinations, outcome_in
 
+from lastgood._coordination.calls import Coordination, SaveCalls
+from lastgood._coordination.connection import serve
 from lastgood.errors import UncommittedCheckpointError
 from lastgood.format.manifest import checkpoint_file
 from lastgood.storage.local import LocalStorage
@@ -262,3 +269,28 @@ def test_hazard_26_nobody_waits_for_a_rank_0_that_is_gone_for_good(start_job: An
     job.ranks[1].call(ranks.open_gate)
     assert job.ranks[1].call(ranks.outcome).startswith("BarrierTimeoutError: rank 1 could not commit")
     assert_not_committed(path, 2)
+
+
+@pytest.mark.parametrize("ending", ["by the error", "after it has closed", "without closing"])
+def test_hazard_26_a_trainer_that_ends_when_its_process_was_killed_tells_the_others_first(
+    tmp_path: Path, ending: str
+) -> None:
+    """And does not abort: the thread that tells them is in torch when the interpreter ends."""
+    first = coordinations(3)[0]
+    assert first.listener is not None
+    server, path = serve(first.listener, 3), str(tmp_path / "step-1")
+    port, project = first.port, str(Path(__file__).parents[2])
+    script = subprocess.run(
+        [sys.executable, ending_script.__file__, path, str(port), ending],
+        env={**os.environ, "PYTHONPATH": project},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert script.returncode == (1 if ending == "by the error" else 0), script.stderr
+    expected = SaveCalls(Coordination(1, 3, "", 0, ending_script.JOB, ending_script.SERIES)).new(path)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    assert "rank 1 gave up: CheckpointProcessError" in str(outcome_in(store, expected).reason)
+    del server
+    first.close()

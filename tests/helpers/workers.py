@@ -79,8 +79,9 @@ class Worker:
 
     def send_signal(self, number: int) -> None:
         """To this process alone: where it has ended, to none."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, number)
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def exit(self) -> int | None:
         """Let the process come to its own end, and return its exit status."""

@@ -122,7 +122,7 @@ ORDER = (
         "_coordination/together.py",
         "        epoch = self._epoch or self._wait_for_epoch()\n",
         "        self._open(self._timeout_secs)\n"
-        "        epoch = self._epoch or hold_epoch(self._storage, self._root, self._job, 60, look=False)\n",
+        "        epoch = self._epoch or hold_epoch(self._storage, self._root, self._coordination.job, 9, look=False)\n",
         (*VOTES, "tests/distributed/test_votes_processes.py"),
     ),
     Mutation(

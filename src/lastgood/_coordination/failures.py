@@ -17,6 +17,8 @@ GIVEN_UP = "given up"
 """Stands in the place of the epoch, for those who wait for rank 0 to begin."""
 
 _FAILURES_REMEMBERED = 64
+_NEWS_SECS = 30.0
+"""How long a rank that has something to tell stays for that: another process of rank 0 may be starting."""
 
 
 class FailedSaves:
@@ -66,9 +68,12 @@ class FailedSaves:
         with self._lock:
             self._tellers = [each for each in self._tellers if each.is_alive()] + [teller]
 
-    def wait(self, timeout_secs: float) -> None:
-        """Wait until nobody is being told anything in the background."""
-        deadline = time.monotonic() + timeout_secs
+    def close(self) -> None:
+        """Before this process leaves: wait until nobody is being told anything, or for what rank 0 may take to start.
+
+        Where nothing has failed, or rank 0 is gone, waits for nothing.
+        """
+        deadline = time.monotonic() + _NEWS_SECS
         with self._lock:
             tellers = self._tellers
         for teller in tellers:
@@ -77,14 +82,23 @@ class FailedSaves:
     def _tell(self, call: SaveCall, outcome: Outcome) -> None:
         coordination = self._coordination
         connection = Connection(coordination.host, coordination.port, served_here=coordination.rank == 0)
+        deadline = time.monotonic() + self._timeout_secs
         try:
-            connection.open(self._timeout_secs)
-            with self._lock:
-                has_arrived = call.save_id not in self._reasons
-            if not has_arrived:
-                connection.call(lambda store: fail_in(store, coordination, call.save_id, outcome), ANSWER_SECS)
+            is_told = False
+            while not is_told:
+                connection.open(max(0.0, deadline - time.monotonic()))
+                with self._lock:
+                    is_told = call.save_id not in self._reasons  # by a later save
+                is_told = is_told or self._could_tell(connection, call, outcome)
         except StoreUnreachableError as failure:
             _events.logger.warning("could not tell the other ranks that %s: %s", outcome.reason, failure)
+
+    def _could_tell(self, connection: Connection, call: SaveCall, outcome: Outcome) -> bool:
+        try:
+            connection.call(lambda store: tell_in(store, self._coordination, call.save_id, outcome), ANSWER_SECS)
+        except StoreUnreachableError:
+            return False  # that store is gone, too; rank 0 may be there
+        return True
 
 
 def given_up_by(rank: int, error: BaseException) -> Outcome:
@@ -92,25 +106,30 @@ def given_up_by(rank: int, error: BaseException) -> Outcome:
     return Outcome(f"rank {rank} gave up: {type(error).__name__}: {error}", (rank,))
 
 
-def fail_in(store: Any, coordination: Coordination, save_id: str, outcome: Outcome) -> None:
-    """End a save that has failed on this rank, unless it is decided: most have been told of by who made them."""
-    if not Meeting(store, save_prefix(save_id), 0, 0).is_decided:
-        is_first = give_up_in(store, coordination.rank, save_id, outcome)
-        # Two may come here for the same rank, which counts once.
-        if is_first and coordination.rank != 0:
-            hear_in(store, save_id, coordination.world_size)
+def tell_in(store: Any, coordination: Coordination, save_id: str, outcome: Outcome) -> None:
+    """Like :func:`fail_in`, for a save whose end may have been told by who made it; this rank has heard of it then."""
+    if fail_in(store, coordination.rank, save_id, outcome) and coordination.rank != 0:
+        hear_in(store, save_id, coordination.world_size)
 
 
-def give_up_in(store: Any, rank: int, save_id: str, outcome: Outcome) -> bool:
-    """End a save for all ranks that have not been told another outcome, wherever they wait; whether none was fixed."""
+def fail_in(store: Any, rank: int, save_id: str, outcome: Outcome) -> bool:
+    """End a save that has failed on this rank, for all ranks; whether they had not decided how it ended.
+
+    Where all had voted, and rank 0 has failed since, the others wait for what it says last.
+    """
+    meeting = Meeting(store, save_prefix(save_id), 0, 0)
+    is_first = not meeting.is_decided and give_up_in(store, save_id, outcome)
+    if rank == 0:
+        store.compare_set(meeting.key("result"), "", outcome.encode())
+    return is_first
+
+
+def give_up_in(store: Any, save_id: str, outcome: Outcome) -> bool:
+    """Decide that the votes for a save have come, or not; true for one of those who try. The first decision stands."""
     meeting = Meeting(store, save_prefix(save_id), 0, 0)
     is_first = meeting.decide(outcome)
-    if outcome.reason is not None:
-        if not store.check([meeting.key("opened")]):
-            store.set(meeting.key("opened"), GIVEN_UP)
-        if rank == 0:
-            # After all have voted, the others wait for what rank 0 says last.
-            store.set(meeting.key("result"), outcome.encode())
+    if outcome.reason is not None and not store.check([meeting.key("opened")]):
+        store.set(meeting.key("opened"), GIVEN_UP)
     return is_first
 
 

@@ -21,7 +21,7 @@ from lastgood._coordination.connection import (
 from lastgood._coordination.counting import count_votes
 from lastgood._coordination.departures import departed_of, has_any_departed, say_departed
 from lastgood._coordination.exchange import RANK_0_IS_GONE, Exchange, save_prefix
-from lastgood._coordination.failures import GIVEN_UP, FailedSaves, fail_in, give_up_in, given_up_by, hear_in
+from lastgood._coordination.failures import GIVEN_UP, FailedSaves, fail_in, give_up_in, given_up_by, hear_in, tell_in
 from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome, pause_after, rank_list, wait_for
 from lastgood._coordination.tables import send_tables
 from lastgood.errors import BarrierTimeoutError, ConfigError, CorruptCheckpointError, StorageError
@@ -36,8 +36,6 @@ ReplicaChecksums = Callable[[], Sequence[int]]
 """Gives the CRC-32s of the tensors that have to be the same on all ranks, in the order of their names."""
 
 _FAREWELL_SECS = 5.0
-_NEWS_SECS = 30.0
-"""How long a rank that has something to tell stays for that: another process of rank 0 may be starting."""
 _FIRST_COUNT_SECS = 1.0
 """After so long for the first time, and then ever more seldom, it is asked who has departed: all ranks ask."""
 
@@ -82,6 +80,7 @@ class Coordinator:
         """This rank's trainer has ended, and all it asked for is done: nobody need wait for it. Never raises."""
         if self.coordination.rank == 0:
             return  # its store goes with it
+        self._failures.close()
         try:
             if not self._connection.is_open:
                 self._connection.open(ANSWER_SECS)
@@ -94,7 +93,7 @@ class Coordinator:
 
         Where nothing has failed, rank 0 stays a moment at most, and the others leave at once.
         """
-        self._failures.wait(_NEWS_SECS)
+        self._failures.close()
         if self._last is not None:
             self._last.wait_until_all_know()
         self._connection.close()
@@ -164,7 +163,7 @@ class SaveTogether:
 
     def _tell_former_failures(self, store: Any) -> None:
         for save_id, reason in self._call.failed:
-            fail_in(store, self._coordination, save_id, Outcome(reason, (self._rank,)))
+            tell_in(store, self._coordination, save_id, Outcome(reason, (self._rank,)))
 
     @contextmanager
     def publication(self) -> Iterator[None]:
@@ -342,8 +341,10 @@ class SaveTogether:
 
     def _could_tell(self, outcome: Outcome) -> bool:
         try:
+            # Anew, if an interruption has taken the connection.
+            self._exchange.open(ANSWER_SECS)
             self._open(ANSWER_SECS)
-            self._give_up(outcome)
+            self._exchange.ask(lambda store: fail_in(store, self._rank, self.save_id, outcome), ANSWER_SECS)
             self._hear()
         except BarrierTimeoutError as failure:
             _events.logger.info("the other ranks hear later that the save to %s failed (%s)", self._path, failure)
@@ -353,7 +354,7 @@ class SaveTogether:
         return True
 
     def _give_up(self, outcome: Outcome) -> None:
-        self._exchange.ask(lambda store: give_up_in(store, self._rank, self.save_id, outcome), ANSWER_SECS)
+        self._exchange.ask(lambda store: give_up_in(store, self.save_id, outcome), ANSWER_SECS)
 
     def _tell_result(self, store: Any, outcome: Outcome) -> None:
         store.set(self._exchange.key("result"), outcome.encode())

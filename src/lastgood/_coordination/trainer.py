@@ -61,3 +61,7 @@ class TrainerVotes:
     def give_up(self, call: SaveCall, error: BaseException) -> None:
         """Tell the others, in the background."""
         self._failures.tell(call, given_up_by(self._coordination.rank, error))
+
+    def close(self) -> None:
+        """Before the training ends: returns once the others know what has failed here, or cannot be told."""
+        self._failures.close()

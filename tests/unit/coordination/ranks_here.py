@@ -14,7 +14,8 @@ from tests.helpers.saves import state_of
 from tests.helpers.workers import PATIENCE_SECS
 
 from lastgood._coordination import connection, failures, together
-from lastgood._coordination.calls import Coordination
+from lastgood._coordination.calls import Coordination, SaveCall
+from lastgood._coordination.meeting import Meeting, Outcome
 from lastgood._coordination.together import Coordinator
 from lastgood.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
 from lastgood.storage.base import StorageBackend
@@ -47,6 +48,13 @@ def join_telling_threads() -> None:
         if thread.name == "lastgood-give-up":
             thread.join(PATIENCE_SECS)
             assert not thread.is_alive()
+
+
+def outcome_in(store: Any, call: SaveCall) -> Outcome:
+    """How a save of three ranks was decided, in this store."""
+    meeting = Meeting(store, f"save/{call.save_id}", 0, 3)
+    assert meeting.is_decided
+    return meeting.outcome()
 
 
 class Hook(WriterHook):

@@ -9,12 +9,13 @@ import pytest
 import torch.distributed as dist
 from tests.distributed.barrier_ranks import finished, start
 from tests.helpers.workers import PATIENCE_SECS
-from tests.unit.coordination.ranks_here import Ranks, coordinations, impatient, join_telling_threads
+from tests.unit.coordination.ranks_here import Ranks, coordinations, impatient, join_telling_threads, outcome_in
 
 from lastgood._coordination import failures
 from lastgood._coordination.calls import Coordination, SaveCall, SaveCalls
 from lastgood._coordination.connection import serve
-from lastgood._coordination.failures import FailedSaves, fail_in
+from lastgood._coordination.departures import departed_of
+from lastgood._coordination.failures import FailedSaves, tell_in
 from lastgood._coordination.meeting import ALL_CAME, Meeting, Outcome
 from lastgood._coordination.together import Coordinator
 from lastgood._coordination.trainer import TrainerVotes
@@ -39,12 +40,6 @@ def store_of(ranks: list[Coordination]) -> Any:
 def served(ranks: list[Coordination]) -> Any:
     assert ranks[0].listener is not None
     return serve(ranks[0].listener, len(ranks))
-
-
-def outcome_in(store: Any, call: SaveCall) -> Outcome:
-    meeting = Meeting(store, f"save/{call.save_id}", 0, 3)
-    assert meeting.is_decided
-    return meeting.outcome()
 
 
 def has(store: Any, call: SaveCall, what: str) -> bool:
@@ -83,42 +78,44 @@ def test_who_fails_first_is_heard_once_and_the_first_outcome_stands(three: list[
     server, calls = served(three), SaveCalls(three[0])
     store = store_of(three)
     call, hooked = calls.new("/run/step-1"), Outcome("rank 2 gave up: its hook says no", (2,))
-    fail_in(store, three[1], call.save_id, KILLED)
-    fail_in(store, three[1], call.save_id, KILLED)
+    tell_in(store, three[1], call.save_id, KILLED)
+    tell_in(store, three[1], call.save_id, KILLED)
     assert not has(store, call, "all heard")
-    fail_in(store, three[2], call.save_id, hooked)
+    tell_in(store, three[2], call.save_id, hooked)
     assert outcome_in(store, call) == KILLED
     assert store.get(f"save/{call.save_id}/opened") == b"given up"
 
     # Rank 0 itself is none that it waits for. What it says is what the others wait for, once all have voted.
     call = calls.new("/run/step-2")
-    fail_in(store, three[0], call.save_id, Outcome("rank 0 gave up: it was killed", (0,)))
+    tell_in(store, three[0], call.save_id, Outcome("rank 0 gave up: it was killed", (0,)))
     assert not has(store, call, "heard")
     assert has(store, call, "result")
 
     call = calls.new("/run/step-3")
     Meeting(store, f"save/{call.save_id}", 1, 3).decide(ALL_CAME)
-    fail_in(store, three[1], call.save_id, KILLED)
+    tell_in(store, three[1], call.save_id, KILLED)
     assert outcome_in(store, call) == ALL_CAME
     assert not has(store, call, "heard")
+    assert not has(store, call, "result")
+    tell_in(store, three[0], call.save_id, Outcome("rank 0 gave up: its disk is full", (0,)))
+    assert outcome_in(store, call) == ALL_CAME
+    tell_in(store, three[0], call.save_id, Outcome("rank 0 gave up: it was killed", (0,)))
+    assert b"its disk is full" in store.get(f"save/{call.save_id}/result")
     del server
 
 
 # Later, in the background
 
 
-def test_the_others_are_told_for_as_long_as_they_may_wait(
-    three: list[Coordination], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_others_are_told_for_as_long_as_they_may_wait(three: list[Coordination]) -> None:
     """Rank 0's next process may take long to start, and serves the store then."""
     failed, call = FailedSaves(three[1], PATIENCE_SECS), SaveCalls(three[1]).new("/run/step-1")
     with impatient():
         failed.tell(call, KILLED)
-        failed.wait(1)
+        failed._tellers[0].join(1)
     assert failed._tellers[0].is_alive()
     server = served(three)
-    failed.wait(PATIENCE_SECS)
-    assert not failed._tellers[0].is_alive()
+    join_telling_threads()
     store = store_of(three)
     assert outcome_in(store, call) == KILLED
     assert int(store.add(f"save/{call.save_id}/heard", 0)) == 1
@@ -132,8 +129,7 @@ def test_what_a_later_save_has_told_is_not_told_again(three: list[Coordination])
     failed.tell(call, KILLED)
     failed.arrived(failed.with_news(calls.new("/run/step-2")))
     server = served(three)
-    failed.wait(PATIENCE_SECS)
-    assert not failed._tellers[0].is_alive()
+    join_telling_threads()
     store = store_of(three)
     assert not any(has(store, call, what) for what in ("outcome", "account", "decided", "opened", "heard"))
     del server
@@ -148,20 +144,87 @@ def test_without_a_thread_the_news_are_taken_along(three: list[Coordination], mo
     for start_daemon in (no_thread, lambda *_, **__: None):
         monkeypatch.setattr(failures, "start_daemon", start_daemon)
         failed.tell(call, KILLED)
-        failed.wait(0)
+        failed.close()
     assert failed.with_news(calls.new("/run/step-2")).failed == ((call.save_id, KILLED.reason),)
 
 
-def test_a_rank_that_has_something_to_tell_does_not_leave_before_it_is_told(three: list[Coordination]) -> None:
+@pytest.mark.parametrize("who", ["checkpoint process", "checkpoint process without a trainer", "trainer"])
+def test_a_rank_that_has_something_to_tell_does_not_leave_before_it_is_told(
+    three: list[Coordination], who: str
+) -> None:
     """The last save of a training, of which rank 0's process has not known before it died."""
-    coordinator, call = Coordinator(three[1], PATIENCE_SECS), SaveCalls(three[1]).new("/run/step-1")
-    save = coordinator.save(call, "/run/step-1", LocalStorage())
-    save._exchange.is_cut_off = True
-    save.give_up(ValueError("the connection broke"))
-    leaving = start(coordinator.close)
+    if who == "trainer":
+        votes = votes_of(three[1], PATIENCE_SECS)
+        call, leave = votes.new_call("/run/step-1"), votes.close
+        votes.give_up(call, ValueError("the connection broke"))
+    else:
+        coordinator, call = Coordinator(three[1], PATIENCE_SECS), SaveCalls(three[1]).new("/run/step-1")
+        leave = coordinator.close if who == "checkpoint process" else coordinator.depart
+        save = coordinator.save(call, "/run/step-1", LocalStorage())
+        save._exchange.is_cut_off = True
+        save.give_up(ValueError("the connection broke"))
+    leaving = start(leave)
+    with pytest.raises(TimeoutError):
+        leaving.result(0.5)
     server = served(three)
     leaving.result(PATIENCE_SECS)
-    assert "rank 1 gave up: ValueError: the connection broke" in str(outcome_in(store_of(three), call).reason)
+    store = store_of(three)
+    assert "rank 1 gave up: ValueError: the connection broke" in str(outcome_in(store, call).reason)
+    assert (departed_of(store, [1]) == (1,)) == (who == "checkpoint process without a trainer")
+    del server
+
+
+def test_a_store_that_is_lost_again_is_looked_for_again(
+    three: list[Coordination], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def break_once(store: Any, coordination: Coordination, save_id: str, outcome: Outcome) -> None:
+        told.append(save_id)
+        if len(told) == 1:
+            raise dist.DistError("Connection reset by peer")
+        tell_in(store, coordination, save_id, outcome)
+
+    monkeypatch.setattr(failures, "tell_in", break_once)
+    server, failed, call = served(three), FailedSaves(three[1], PATIENCE_SECS), SaveCalls(three[1]).new("/run/step-1")
+    failed.tell(call, KILLED)
+    join_telling_threads()
+    assert told == [call.save_id] * 2
+    assert outcome_in(store_of(three), call) == KILLED
+    del server
+
+
+# When a save is interrupted
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_is_interrupted_in_the_middle_of_a_call_to_the_store_is_told_at_once(
+    three: list[Coordination], rank: int
+) -> None:
+    """Rank 0 after all have voted: then the others wait for what it says."""
+
+    def interrupt(store: Any) -> None:
+        if rank == 0:
+            Meeting(store, f"save/{call.save_id}", 0, 3).decide(ALL_CAME)
+        raise KeyboardInterrupt
+
+    server = served(three) if rank else None
+    coordinator, call = Coordinator(three[rank], PATIENCE_SECS), SaveCalls(three[rank]).new("/run/step-1")
+    save = coordinator.save(call, "/run/step-1", LocalStorage())
+    save._open(PATIENCE_SECS)
+    with pytest.raises(KeyboardInterrupt):
+        save._exchange.ask(interrupt)
+    save.give_up(KeyboardInterrupt())
+    store = store_of(three)
+    if rank == 0:
+        assert outcome_in(store, call) == ALL_CAME
+        result = Outcome.decode(store.get(f"save/{call.save_id}/result"))
+    else:
+        result = outcome_in(store, call)
+    assert result == Outcome(f"rank {rank} gave up: KeyboardInterrupt: ", (rank,))
+    assert not coordinator._failures._tellers
+    coordinator._last = None  # nobody else is there to hear of it
+    coordinator.close()
     del server
 
 
@@ -169,9 +232,7 @@ def test_a_rank_that_has_something_to_tell_does_not_leave_before_it_is_told(thre
 
 
 @pytest.mark.parametrize("next_save", ["waits for rank 0", "fails"])
-def test_what_could_not_be_told_comes_with_the_next_save(
-    three: list[Coordination], tmp_path: Path, next_save: str
-) -> None:
+def test_what_could_not_be_told_comes_with_the_next_save(three: list[Coordination], next_save: str) -> None:
     """The trainer makes the calls, and its checkpoint process finds that nobody serves the store."""
     asked, coordinator = SaveCalls(three[1]), Coordinator(three[1], 0.2)
     lost = asked.new("/run/step-1")
