@@ -202,6 +202,7 @@ def test_whoever_is_killed_whenever_what_was_acknowledged_is_there_and_the_run_g
     missed = [stop for sweep in sweeps for stop in sweep.missed]
     print(f"nobody came by: {missed}")
     at_places = sum(stop is not None for stop, _ in kills) - len(missed)
-    assert len(missed) <= max(1, at_places / 10)  # the first life of a run has nothing to read, say
+    # The first life of a run has nothing to read, say: of few places, some may be such.
+    assert len(missed) <= max(3, at_places / 10)
     count_cases("kills of one rank's trainer, checkpoint process or both at a named phase", at_places)
     count_cases("kills of one rank's trainer, checkpoint process or both at a random moment", count - at_places)
