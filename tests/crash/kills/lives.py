@@ -4,6 +4,7 @@ import abc
 import concurrent.futures
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -18,6 +19,9 @@ from tests.process.processes import pipe
 from tests.survival.traces import ProcessEnd, holders, mapped_shared_memory, shared_memory
 
 TRAINER, PROCESS = "trainer", "checkpoint process"
+
+_HEARD_LATELY = 20
+"""How much of what was said is told with the moment when it was heard, if a sweep fails."""
 
 
 class Stop(NamedTuple):
@@ -52,6 +56,8 @@ class Life:
         """Why the trainer could not go on with the other ranks."""
         self.closed = False
         self.news = 0
+        self._began = time.monotonic()
+        self._heard: deque[str] = deque(maxlen=_HEARD_LATELY)
         self._expected: str | None = None
         self._ended: list[Connection] = []
         self._processes: list[ProcessEnd] = []
@@ -121,6 +127,7 @@ class Life:
                 raise
             return
         self.news += 1
+        self._heard.append(f"{time.monotonic() - self._began:.1f} s {words}")
         for end in self._theirs:  # they have copies now
             end.close()
         match words:
@@ -215,7 +222,7 @@ class Life:
     def __str__(self) -> str:
         return (
             f"resumed {self.resumed}, asked {self.asked}, staged {self.staged}, durable {self.durable}, "
-            f"failed {self.failed}"
+            f"failed {self.failed}; lately: {'; '.join(self._heard)}"
         )
 
 

@@ -27,8 +27,12 @@ from lastgood.storage.local import LocalStorage
 RANKS = range(3)
 KILLS_A_JOB = 5
 LONGEST_WAIT_SECS = 0.1
-TIMEOUT_SECS = 20
-"""How long checkpoint processes wait for one of which nobody can say that it is gone, as its trainer died with it."""
+TIMEOUT_SECS = 40
+"""How long checkpoint processes wait for one of which nobody can say that it is gone, as its trainer died with it.
+
+A new process imports torch, writes and syncs before it votes, which took up to 9 s on two cores beside four processes
+that did nothing but compute and sync, and longer on a busier machine. The others must not take it for gone.
+"""
 
 SAVES_UNTIL_MISSED = 12
 PLACES = [
@@ -259,13 +263,13 @@ class Job:
 
 
 class SweepOfThree(Sweep):
-    """Kills of a run of three ranks; ``longest_secs`` is what the survivors of one took to be done with it."""
+    """Kills of a run of three ranks; ``longest_secs`` is what the survivors took to be done with one."""
 
     def __init__(self, folder: Path, seed: str, kills: list[list[Kill]]) -> None:
         super().__init__(folder, seed)
         self._run = Run(folder / "run")
         self._kills = kills
-        self.longest_secs = 0.0
+        self.longest_secs = dict.fromkeys(("checkpoint processes alone", "trainers"), 0.0)
 
     def go(self) -> None:
         for number, kills in enumerate(self._kills, 1):
@@ -295,7 +299,8 @@ class SweepOfThree(Sweep):
             job.end(kill, rng)
         else:
             job.live_on()
-        self.longest_secs = max(self.longest_secs, time.monotonic() - began)
+        of_whom = "trainers" if kill.trainers else "checkpoint processes alone"
+        self.longest_secs[of_whom] = max(self.longest_secs[of_whom], time.monotonic() - began)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +317,10 @@ def test_whichever_ranks_are_killed_nobody_waits_for_the_dead_and_the_next_job_r
     sweeps = [SweepOfThree(tmp_path / str(part), f"{rng_seed}/{part}", jobs[part::at_once]) for part in range(at_once)]
     side_by_side(sweeps)
     missed = [stop for sweep in sweeps for stop in sweep.missed]
-    print(f"nobody came by: {missed}; the longest: {max(sweep.longest_secs for sweep in sweeps):.1f} s")
+    print(f"nobody came by: {missed}")
+    for of_whom in sweeps[0].longest_secs:
+        longest = max(sweep.longest_secs[of_whom] for sweep in sweeps)
+        print(f"the longest until survivors were done with a kill of {of_whom}: {longest:.1f} s")
     kills = [kill for job in jobs for kill in job]
     assert len(missed) <= max(1, count // 10)
     count_cases("kills among three ranks that vote, of checkpoint processes alone", sum(not k.trainers for k in kills))
